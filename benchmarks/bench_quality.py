@@ -1,0 +1,96 @@
+"""Perplexity, stored bits and CPU time of one `crvq quantize` run; appends a row to results/quality.csv.
+
+    python benchmarks/bench_quality.py MODEL --calibration calib.txt --text wiki.test.raw --name "block" \
+        -- --nsamples 64 --e2e-finetune-epochs 0
+
+MODEL is the folder of a dense model; everything after `--` goes to `crvq quantize`. Quantizing and evaluating are
+processes of their own, on one thread, so that CPU seconds can be compared between machines with different cores.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "quality.csv"
+WINDOWS, SEQLEN = 10, 2048
+
+
+def main() -> None:
+    """Runs the benchmark that the command line describes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder of a dense model")
+    parser.add_argument("--calibration", required=True, help="text file")
+    parser.add_argument("--text", required=True, help="text file, evaluation only")
+    parser.add_argument("--name", required=True, help="what the row is called")
+    parser.add_argument("--keep", help="keep the quantized model in this folder")
+    parser.add_argument("options", nargs="*", help="options of crvq quantize, after --")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(args.keep or f"{folder}/quantized")
+        run("quantize", args.model, str(out), "--dataset", args.calibration, *args.options)
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        measured = run(
+            "eval", str(out), "--text", args.text, "--seqlen", str(SEQLEN), "--windows", str(WINDOWS), "--json"
+        )
+        report = json.loads((out / "report.json").read_text())
+        row = {
+            "name": args.name,
+            "perplexity": round(json.loads(measured.splitlines()[-1])["value"], 2),
+            "bits_per_weight": round(report["bits_per_weight"], 4),
+            "cpu_seconds": round(usage.ru_utime + usage.ru_stime),
+            "peak_memory_mb": round(report["peak_memory_bytes"] / 1e6),
+            "activation_mb": round(report["activation_bytes"] / 1e6),
+            "windows": WINDOWS,
+            "options": " ".join(args.options),
+            "commit": commit(),
+            "cpu": cpu_name(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        }
+    append(row)
+    print(json.dumps(row))
+
+
+def run(*arguments: str) -> str:
+    """Returns what a crvq command prints, run on one thread; its progress goes to the terminal."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "crvq_hf", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+
+
+def commit() -> str:
+    """Returns the short commit the code is at, with a + if it was changed since."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True)
+    return described.stdout.strip() or "unknown"
+
+
+def cpu_name() -> str:
+    """Returns the name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def append(row: dict[str, object]) -> None:
+    """Appends a row to the results, with a header if they are new."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    is_new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""`python -m crvq_hf`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

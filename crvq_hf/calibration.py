@@ -1,0 +1,147 @@
+"""Calibration text to tokens, from wherever the user has text, or from the model itself."""
+
+import random
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from .config import CRVQConfig
+
+_HUB_DATASETS = ("wikitext2", "c4")
+# Sequences sampled together when the model writes its own text.
+_WRITING_BATCH = 32
+
+
+def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> Tensor | None:
+    """Returns the calibration tokens, `[nsamples, seqlen]`, int64, on the CPU; None for `dataset=None`.
+
+    Args:
+        model: the full-precision model; it writes the text when `dataset` is `"self"`.
+        tokenizer: a transformers tokenizer; not needed for `"self"` and None.
+        config: its `dataset`, `nsamples`, `seqlen` and `seed` are used.
+
+    Raises:
+        ValueError: no tokenizer, no such file or dataset, too little text, or sequences longer than the model takes.
+    """
+    if config.dataset is None:
+        return None
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.seqlen > longest:
+        raise ValueError(f"seqlen={config.seqlen} is more than the {longest} tokens the model takes; lower seqlen.")
+    if config.dataset == "self":
+        return self_written_tokens(model, config.nsamples, config.seqlen, config.seed)
+    if tokenizer is None:
+        raise ValueError(f"dataset={config.dataset!r:.80} is text and needs a tokenizer; pass tokenizer=...")
+    if config.dataset in _HUB_DATASETS and not Path(config.dataset).exists():
+        return _hub_tokens(config.dataset, tokenizer, config)
+    return _windows(_read(config.dataset), tokenizer, config)
+
+
+def _read(dataset: str | list[str]) -> str:
+    """Returns the calibration text of a path or of a list of texts.
+
+    Raises:
+        ValueError: there is no such file, it is not UTF-8 text, or there is nothing in it.
+    """
+    if isinstance(dataset, str):
+        path = Path(dataset)
+        if not path.is_file():
+            raise ValueError(
+                f"dataset={dataset!r} is no file; give the path of a text file, a list of texts, "
+                "'wikitext2', 'c4', 'self' (the model writes its own) or None (weights only)."
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{dataset} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    else:
+        text = "\n\n".join(dataset)
+    if not text.strip():
+        raise ValueError("The calibration text is empty; give some, or dataset='self' (the model writes its own).")
+    return text
+
+
+def _windows(text: str, tokenizer: Any, config: CRVQConfig) -> Tensor:
+    """Returns `nsamples` non-overlapping windows of the text's tokens, drawn at random."""
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    available = len(tokens) // config.seqlen
+    if available < config.nsamples:
+        raise ValueError(
+            f"The calibration text has {len(tokens)} tokens, but nsamples={config.nsamples} of seqlen={config.seqlen} "
+            f"need {config.nsamples * config.seqlen}; give more text or lower nsamples or seqlen."
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = torch.randperm(available, generator=generator)[: config.nsamples]
+    return tokens[: available * config.seqlen].view(available, config.seqlen)[chosen]
+
+
+@contextmanager
+def _kept_random_state():
+    """Leaves the global random states of Python, numpy and torch as they were."""
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
+
+
+def _hub_tokens(name: str, tokenizer: Any, config: CRVQConfig) -> Tensor:
+    """Returns windows of the training split of a hub dataset, through optimum's loader.
+
+    Raises:
+        ValueError: the dataset cannot be had (no network, no `datasets`).
+    """
+    from optimum.gptq.data import get_dataset
+
+    try:
+        with _kept_random_state():  # the loader seeds all of them
+            samples = get_dataset(
+                name, tokenizer, nsamples=config.nsamples, seqlen=config.seqlen, seed=config.seed, split="train"
+            )
+    except Exception as error:  # whatever datasets, the hub client or the network raise
+        raise ValueError(
+            f"dataset={name!r} could not be loaded from the hub ({type(error).__name__}: {str(error):.200}); "
+            "give the path of a text file, or dataset='self' (the model writes its own text)."
+        ) from error
+    return torch.cat([sample["input_ids"] for sample in samples]).cpu()
+
+
+@torch.no_grad()
+def self_written_tokens(model: nn.Module, nsamples: int, seqlen: int, seed: int) -> Tensor:
+    """Returns `[nsamples, seqlen]` tokens that the model samples from its own distribution.
+
+    Sequences start with the model's start token, or with a random token where it has none.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    first = model.config.get_text_config().bos_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        starts = torch.randint(vocabulary, (nsamples, 1)) if first is None else torch.full((nsamples, 1), first)
+        if seqlen == 1:
+            return starts
+        bar = transformers_logging.tqdm(
+            starts.split(_WRITING_BATCH), desc="writing calibration text", unit="batch", leave=False
+        )
+        written = [
+            model.generate(
+                start.to(model.device),
+                attention_mask=torch.ones_like(start).to(model.device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                min_new_tokens=seqlen - 1,
+                max_new_tokens=seqlen - 1,
+                pad_token_id=0,
+            ).cpu()
+            for start in bar
+        ]
+    return torch.cat(written)

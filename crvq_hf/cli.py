@@ -1,0 +1,238 @@
+"""The command line. The options of `crvq quantize` are the fields of `CRVQConfig`."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .config import FIELDS, CRVQConfig
+from .convert import check_source, convert
+from .demo import MODEL, demo
+from .device import compute_device
+from .doctor import examine, installed_version
+from .evaluate import perplexity, read_text_tokens, tokens_per_second
+from .info import describe, megabytes, read_info
+
+# What can go wrong without a bug of ours: told in one line, without a traceback.
+EXPECTED_ERRORS = (ValueError, OSError, ImportError, SafetensorError, MemoryError, torch.OutOfMemoryError)
+NOT_OPTIONS = ("quant_method", "format_version", "dequantize")
+GROUPS = {
+    "method": ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio", "importance"),
+    "calibration": ("dataset", "nsamples", "seqlen", "tokenizer"),
+    "fine-tuning": ("block_finetune_epochs", "e2e_finetune_epochs"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations and whose errors are one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"crvq: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments, those of the process by default.
+
+    Returns:
+        The exit code: 0, 1 if `crvq doctor` found something wrong, 2 after an error, 130 after Ctrl-C.
+    """
+    args = build_parser().parse_args(argv)
+    logger = logging.getLogger("crvq")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("crvq: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("crvq: interrupted; the same command again continues", file=sys.stderr)
+        return 130
+    except EXPECTED_ERRORS as error:
+        if args.debug or os.environ.get("CRVQ_DEBUG") == "1":
+            raise
+        print(f"crvq: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    finally:
+        logger.removeHandler(handler)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser; `parse_args` sets `run` to the function of the command."""
+    parser = _Parser(prog="crvq", description="Channel-relaxed vector quantization of language models.")
+    parser.add_argument("--version", action="version", version=f"crvq-hf {installed_version('crvq-hf')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    quantize = _command(commands, "quantize", _quantize, "quantize a model into a new folder; run again to resume")
+    quantize.add_argument("model", metavar="MODEL", help="folder or hub id of a dense causal language model")
+    quantize.add_argument("out", metavar="OUT", help="folder to make")
+    quantize.add_argument("--gguf-file", metavar="FILE", help="read this GGUF file of MODEL")
+    _add_config_options(quantize)
+
+    evaluate = _command(commands, "eval", _eval, "perplexity of a model on a text")
+    _add_model_options(evaluate)
+    evaluate.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text, read from its start")
+    evaluate.add_argument("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
+    evaluate.add_argument("--windows", type=int, default=10, help="windows at most (default: %(default)s)")
+    evaluate.add_argument("--speed", type=int, metavar="N", help="also time the writing of N tokens")
+    evaluate.add_argument("--json", action="store_true", help="print one line of JSON")
+
+    info = _command(commands, "info", _info, "sizes, shapes and bits of a checkpoint, from its headers")
+    info.add_argument("model", metavar="MODEL", help="folder or hub id")
+
+    generate = _command(commands, "generate", _generate, "let a model write")
+    _add_model_options(generate)
+    generate.add_argument("--prompt", required=True, help="a message to a chat model, the start of a text for others")
+    generate.add_argument("--raw", action="store_true", help="take the prompt as the start of a text in any case")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
+
+    doctor = _command(commands, "doctor", _doctor, "versions, the kernel in use, and whether it computes correctly")
+    doctor.add_argument("--device", help="device to examine; cuda if present, else cpu")
+
+    comparison = _command(commands, "demo", _demo, f"quantize {MODEL}, reload it and compare")
+    comparison.add_argument("--out", default="crvq-demo", metavar="DIR", help="work folder (default: %(default)s)")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    """Returns the parser of a new command."""
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error (as CRVQ_DEBUG=1 does)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id, dense or quantized")
+    parser.add_argument("--device", help="device to run on; cuda if present, else cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "float16", "bfloat16"),
+        help="dtype of what is not quantized, auto is as stored (default: float32 on a CPU, else auto)",
+    )
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Adds an option for every field of `CRVQConfig` that a command can set."""
+    groups = {title: parser.add_argument_group(title) for title in (*GROUPS, "run")}
+    title_of = {name: title for title, names in GROUPS.items() for name in names}
+    for name, field in FIELDS.items():
+        if name not in NOT_OPTIONS:
+            groups[title_of.get(name, "run")].add_argument(f"--{name.replace('_', '-')}", **_option(field))
+
+
+def _option(field: dataclasses.Field) -> dict[str, Any]:
+    """Returns the arguments of `add_argument` for one field."""
+    text = field.metadata["help"].replace("%", "%%")
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+    if field.default is not None:
+        options["help"] += f" (default: {field.default})"
+    if isinstance(field.default, (int, float)):
+        options |= {"type": type(field.default), "metavar": "N" if isinstance(field.default, int) else "X"}
+    elif field.name == "dataset":  # the one field that takes other values here than in Python
+        sources = "'self' (written by the model), 'wikitext2', 'c4', a text file, or 'none'"
+        options |= {"metavar": "TEXT", "help": f"calibration text: {sources} (default: {field.default})"}
+    elif field.type.startswith("list["):
+        options |= {"action": "append", "metavar": "NAME", "help": f"{text}; may be repeated"}
+    return options
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    fields = {name: value for name, value in vars(args).items() if name in FIELDS}
+    if fields.get("dataset") == "none":
+        fields["dataset"] = None
+    report = convert(args.model, args.out, CRVQConfig(**fields), args.gguf_file)
+    print(summary(report))
+    print(f"{'checkpoint':<18} {megabytes(read_info(args.out).nbytes)} in {args.out}")
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Returns a few lines on how a run went."""
+    errors = {name: layer["relative_error"] for name, layer in report["layers"].items()}
+    mean, worst = sum(errors.values()) / len(errors), max(errors, key=errors.get)
+    seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report["seconds"].items())
+    rows = {
+        "layers": f"{len(errors)}",
+        "bits per weight": f"{report['bits_per_weight']:.3f} (stored, channel order counted)",
+        "relative error": f"{mean:.4f} on average, at worst {errors[worst]:.4f} in {worst}",
+        "calibration": f"{report['calibration_tokens']} tokens",
+        "seconds": f"{sum(report['seconds'].values()):.0f} ({seconds})",
+        "peak memory": megabytes(report["peak_memory_bytes"]),
+    }
+    return "\n".join(f"{title:<18} {value}" for title, value in rows.items())
+
+
+def _eval(args: argparse.Namespace) -> None:
+    model, tokenizer = _load(args)
+    result = perplexity(model, read_text_tokens(tokenizer, args.text), args.seqlen, args.windows)
+    speed = None if args.speed is None else tokens_per_second(model, tokenizer, args.speed)
+    if args.json:
+        extra = {"tokens_per_second": speed, "device": str(model.device), "dtype": str(model.dtype)}
+        print(json.dumps(dataclasses.asdict(result) | extra))
+        return
+    print(
+        f"perplexity {result.value:.4f} over {result.tokens} tokens ({result.windows} windows of {result.seqlen}), "
+        f"{result.seconds:.1f} s, {model.dtype} on {model.device}"
+    )
+    if speed is not None:
+        print(f"{speed:.1f} tokens/s written, greedy, one sequence")
+
+
+def _info(args: argparse.Namespace) -> None:
+    check_source(args.model)
+    print(describe(read_info(args.model)))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    if args.max_new_tokens < 1:
+        raise ValueError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    model, tokenizer = _load(args)
+    if tokenizer.chat_template and not args.raw:
+        messages = [{"role": "user", "content": args.prompt}]
+        tokens = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        tokens = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
+    if tokens["input_ids"].numel() == 0:
+        raise ValueError("The prompt is empty; give some text.")
+    written = model.generate(**tokens.to(model.device), max_new_tokens=args.max_new_tokens, do_sample=False)
+    print(tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    lines, well = examine(compute_device(args.device))
+    print("\n".join(lines))
+    return 0 if well else 1
+
+
+def _demo(args: argparse.Namespace) -> None:
+    demo(args.out)
+
+
+def _load(args: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
+    """Returns the model and the tokenizer that the options name, ready to run."""
+    check_source(args.model)
+    device = compute_device(args.device)
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "auto")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def _one_line(error: BaseException, most: int = 600) -> str:
+    """Returns the message of an error in one line, the errors' class if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[:most]} ... (--debug shows all)"

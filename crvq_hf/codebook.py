@@ -1,0 +1,106 @@
+"""Phase 2 of CRVQ: codebooks by k-means in the metric of the Hessian.
+
+Vectors are kept as `[N, G, d]`: row n, group g. A group has its own metric, the `d x d` diagonal block of the
+Hessian that belongs to its channels, so an assignment is one small matrix product a group and the update of all
+centroids one weighted least squares problem of size d each.
+"""
+
+import torch
+from torch import Tensor
+
+# Scores of at most this many elements exist at a time: few enough for the cache of a CPU, plenty on a GPU.
+_MAX_SCORES = {"cpu": 1 << 19}
+_MAX_SCORES_ELSEWHERE = 1 << 26
+
+
+def group_metrics(hessian: Tensor, in_group_size: int) -> Tensor:
+    """Returns the diagonal blocks `[K/d, d, d]` of a Hessian `[K, K]`."""
+    groups = len(hessian) // in_group_size
+    blocks = hessian.view(groups, in_group_size, groups, in_group_size)
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def nearest_codes(vectors: Tensor, codebook: Tensor, metrics: Tensor) -> Tensor:
+    """Returns the codes `[N, G]`, int64, nearest in the metric of each group.
+
+    Args:
+        vectors: `[N, G, d]`, fp32.
+        codebook: `[C, d]`, fp32.
+        metrics: `[G, d, d]`, fp32, symmetric.
+    """
+    n, num_groups, d = vectors.shape
+    codes = torch.empty(n, num_groups, dtype=torch.int64, device=vectors.device)
+    # Half the squared distance, less the part that no codeword changes: 0.5 c M c - v M c, smallest is nearest.
+    half = 0.5 * torch.einsum("cd,gde,ce->gc", codebook, metrics, codebook)
+    to_scores = metrics @ codebook.T  # [G, d, C]
+    limit = _MAX_SCORES.get(vectors.device.type, _MAX_SCORES_ELSEWHERE)
+    step = max(1, limit // (n * len(codebook)))
+    for start in range(0, num_groups, step):
+        part = slice(start, min(start + step, num_groups))
+        scores = torch.baddbmm(half[part, None], vectors[:, part].transpose(0, 1), to_scores[part], alpha=-1)
+        codes[:, part] = scores.argmin(-1).T
+    return codes
+
+
+def centroid_metrics(codes: Tensor, row_weight: Tensor, metrics: Tensor, codebook_size: int) -> Tensor:
+    """Returns `[C, d, d]`: for every centroid the weighted sum of the metrics of the vectors it serves."""
+    n, num_groups = codes.shape
+    group = torch.arange(num_groups, device=codes.device)
+    index = (codes * num_groups + group).reshape(-1)
+    counts = torch.zeros(codebook_size * num_groups, device=codes.device)
+    counts.index_add_(0, index, row_weight[:, None].expand(n, num_groups).reshape(-1))
+    return (counts.view(codebook_size, num_groups) @ metrics.flatten(1)).view(codebook_size, *metrics.shape[1:])
+
+
+def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Solves `matrices[c] @ x[c] = vectors[c]`, ridged so that rank-deficient metrics have a solution."""
+    ridge = 1e-6 * matrices.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-30
+    eye = torch.eye(matrices.shape[-1], device=matrices.device)
+    return torch.linalg.solve(matrices + ridge[:, None, None] * eye, vectors[..., None])[..., 0]
+
+
+def kmeans(
+    vectors: Tensor,
+    metrics: Tensor,
+    row_weight: Tensor,
+    codebook_size: int,
+    iterations: int,
+    generator: torch.Generator,
+    max_vectors: int = 1 << 16,
+) -> Tensor:
+    """Returns a codebook `[C, d]`, fp32, that minimises the weighted quantization error of `vectors`.
+
+    Lloyd iterations on at most `max_vectors` vectors (whole rows, drawn at random). A centroid that serves nothing is
+    moved to a random vector.
+
+    Args:
+        vectors: `[N, G, d]`, fp32.
+        metrics: `[G, d, d]`, fp32: the error of group g is measured as `e @ metrics[g] @ e`.
+        row_weight: `[N]`, fp32, weight of each row's error (its squared scale).
+        codebook_size: C. With fewer than C vectors some centroids are repeated vectors.
+        iterations: Lloyd iterations.
+        generator: source of the draws, on the CPU.
+        max_vectors: vectors looked at; more cost time and gain little for 256 centroids.
+    """
+    n, num_groups, d = vectors.shape
+    rows = max(1, max_vectors // num_groups)
+    if n > rows:
+        pick = torch.randperm(n, generator=generator)[:rows].to(vectors.device)
+        vectors, row_weight = vectors[pick], row_weight[pick]
+        n = rows
+    flat = vectors.reshape(-1, d)
+
+    def draw(count: int) -> Tensor:
+        index = torch.randperm(len(flat), generator=generator)
+        return flat[index.repeat(-(-count // len(flat)))[:count].to(flat.device)]
+
+    codebook = draw(codebook_size)
+    projected = torch.einsum("ngd,gde->nge", vectors, metrics).mul_(row_weight[:, None, None]).reshape(-1, d)
+    for _ in range(iterations):
+        codes = nearest_codes(vectors, codebook, metrics)
+        sums = torch.zeros_like(codebook).index_add_(0, codes.reshape(-1), projected)
+        codebook = _solve(centroid_metrics(codes, row_weight, metrics, codebook_size), sums)
+        empty = torch.bincount(codes.reshape(-1), minlength=codebook_size) == 0
+        if empty.any():
+            codebook[empty] = draw(int(empty.sum()))
+    return codebook

@@ -1,0 +1,250 @@
+"""`CRVQConfig`: every knob of the method, once, with its default, its range and its help text.
+
+The fields below are the only place where options are written down. `CRVQConfig` checks them on every assignment, the
+command line prints their help, `to_dict` stores those that describe a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .quantized_weight import LayerShape, num_critical_groups
+
+QUANT_METHOD = "crvq"
+FORMAT_VERSION = 1
+
+
+def _option(default: Any, help: str, check: Callable[[str, Any], Any], stored: bool = True) -> Any:
+    """Returns a dataclass field that carries its help text, its check and whether a checkpoint stores it."""
+    return dataclasses.field(default=default, metadata={"help": help, "check": check, "stored": stored})
+
+
+def _one_of(*allowed: Any) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        if isinstance(value, bool) or value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        return value
+
+    return check
+
+
+def _integer(low: int, high: int | None = None) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        allowed = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+        if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+            raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+        return value
+
+    return check
+
+
+def _number(low: float, high: float) -> Callable[[str, Any], float]:
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}.")
+        return float(value)
+
+    return check
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return value
+
+
+def _names(name: str, value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"{name} must be a list of module names or None, got {value!r}.")
+    for item in value:
+        try:
+            re.compile(item)
+        except re.error as error:
+            raise ValueError(
+                f"{name} must hold names or regular expressions, but {item!r} is neither: {error}."
+            ) from None
+    return list(value)
+
+
+def _dataset(name: str, value: Any) -> list[str] | str | None:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
+        return list(value)
+    raise ValueError(
+        f"{name} must be 'self', 'wikitext2', 'c4', the path of a text file, a non-empty list of texts or None, "
+        f"got {type(value).__name__} {value!r:.80}."
+    )
+
+
+def _device(name: str, value: Any) -> str | torch.device | None:
+    if value is None or isinstance(value, torch.device):
+        return value
+    try:
+        torch.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"{name} must be a device such as 'cpu' or 'cuda:0', or None to choose, got {value!r}."
+        ) from None
+    return value
+
+
+def _path(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ValueError(f"{name} must be the path of a folder or None, got {value!r}.")
+    return os.fspath(value)
+
+
+def _format_version(name: str, value: Any) -> int:
+    if value != FORMAT_VERSION or isinstance(value, bool):
+        raise ValueError(
+            f"The checkpoint has CRVQ {name} {value!r}, this crvq_hf reads only {name} {FORMAT_VERSION}; "
+            f"install a crvq_hf that knows format {value!r}."
+        )
+    return value
+
+
+def _anything(name: str, value: Any) -> Any:
+    return value
+
+
+@dataclass(init=False, repr=False, eq=False)
+class CRVQConfig(QuantizationConfigMixin):
+    """How a model is, or is to be, quantized with CRVQ.
+
+    Takes its fields as keyword arguments; `crvq quantize --help` explains each. Fields are checked on every
+    assignment. `tokenizer`, `device`, `work_dir` and `dequantize` steer one run and are never stored.
+
+    Raises:
+        ValueError: a value is out of range, an argument is unknown, or the format version is not this one's.
+    """
+
+    quant_method: str = _option(QUANT_METHOD, "name of the method", _one_of(QUANT_METHOD))
+    format_version: int = _option(FORMAT_VERSION, "version of the checkpoint format", _format_version)
+    in_group_size: int = _option(8, "input channels that share one code: 4, 8 or 16", _one_of(4, 8, 16))
+    nbits_per_codebook: int = _option(8, "bits per code, 4 to 12; a codebook has 2**bits entries", _integer(4, 12))
+    num_extended_codebooks: int = _option(
+        3, "codebooks that serve only the critical channels, 0 to 7; 0 is plain vector quantization", _integer(0, 7)
+    )
+    critical_ratio: float = _option(0.02, "share of input channels that are critical, 0 to 0.5", _number(0, 0.5))
+    importance: str = _option(
+        "weight_activation",
+        "what makes a channel critical: 'weight_activation', 'weight' or 'random'",
+        _one_of("weight_activation", "weight", "random"),
+    )
+    dataset: list[str] | str | None = _option(
+        "self",
+        "calibration text: 'self' (written by the model), 'wikitext2', 'c4', a path, a list of texts, or None",
+        _dataset,
+    )
+    nsamples: int = _option(128, "calibration sequences", _integer(1))
+    seqlen: int = _option(512, "tokens per calibration sequence", _integer(1))
+    seed: int = _option(0, "seed of everything random", _integer(0))
+    block_finetune_epochs: int = _option(1, "epochs of fine-tuning after each block, 0 switches it off", _integer(0))
+    e2e_finetune_epochs: int = _option(2, "epochs of end-to-end fine-tuning, 0 switches it off", _integer(0))
+    modules_to_not_convert: list[str] | None = _option(None, "names or regexes of modules to leave dense", _names)
+    tokenizer: Any = _option(None, "tokenizer, or its name; None takes the model's own", _anything, stored=False)
+    device: str | torch.device | None = _option(
+        None, "device to compute on; None takes cuda if present, else cpu", _device, stored=False
+    )
+    work_dir: str | None = _option(None, "folder for resuming an interrupted run", _path, stored=False)
+    dequantize: bool = _option(False, "load the checkpoint as a dense model", _flag, stored=False)
+
+    def __init__(self, **values: Any) -> None:
+        self.format_version = values.pop("format_version", FORMAT_VERSION)  # a newer format may have unknown fields
+        unknown = [name for name in values if name not in FIELDS]
+        if unknown:
+            closest = difflib.get_close_matches(unknown[0], FIELDS, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"CRVQConfig has no field {unknown[0]!r}, did you mean {closest!r}? "
+                f"Its fields are {', '.join(FIELDS)}."
+            )
+        for name, field in FIELDS.items():
+            if name != "format_version":
+                setattr(self, name, values.get(name, field.default))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIELDS:
+            value = FIELDS[name].metadata["check"](name, value)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> CRVQConfig | tuple[CRVQConfig, dict[str, Any]]:
+        """Returns the config described by `config_dict`, fields in `kwargs` overriding it.
+
+        Args:
+            config_dict: fields by name, as `to_dict` writes them.
+            return_unused_kwargs: also return the entries of `kwargs` that are no fields.
+        """
+        unused = {name: value for name, value in kwargs.items() if name not in FIELDS}
+        config = cls(**{**config_dict, **{name: value for name, value in kwargs.items() if name in FIELDS}})
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the stored fields, all of them plain JSON values."""
+        stored = (name for name, field in FIELDS.items() if field.metadata["stored"])
+        return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in stored}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CRVQConfig) and self.__dict__ == other.__dict__
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Returns what a config given to `from_pretrained` may change about a checkpoint that is already quantized."""
+        return {"dequantize": self.dequantize}
+
+    def layer_shape(self, in_features: int, out_features: int) -> LayerShape:
+        """Returns the shape that this config gives to a layer; the one place where it is derived.
+
+        Args:
+            in_features: K, a multiple of `in_group_size`.
+            out_features: N.
+
+        Raises:
+            ValueError: K is no multiple of `in_group_size`.
+        """
+        if in_features % self.in_group_size != 0:
+            raise ValueError(
+                f"A layer with {in_features} input channels cannot be cut into groups of {self.in_group_size}."
+            )
+        critical = num_critical_groups(
+            in_features, self.in_group_size, self.critical_ratio, self.num_extended_codebooks
+        )
+        num_groups = in_features // self.in_group_size
+        return LayerShape(
+            in_features=in_features,
+            out_features=out_features,
+            in_group_size=self.in_group_size,
+            nbits=self.nbits_per_codebook,
+            num_codebooks=1 + self.num_extended_codebooks if critical else 1,
+            codebook_size=min(2**self.nbits_per_codebook, out_features * num_groups),
+            num_critical_groups=critical,
+        )
+
+
+FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(CRVQConfig)}
+
+CRVQConfig.__signature__ = inspect.Signature(
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+    for name, field in FIELDS.items()
+)

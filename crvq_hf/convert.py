@@ -1,0 +1,192 @@
+"""From a dense checkpoint to a folder with the quantized one: checks before the work, nothing half-written after."""
+
+import copy
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .config import CRVQConfig
+from .gguf_model import load_gguf
+from .quantizer import quantize_model
+from .replace import linear_size, quantizable_linears
+
+logger = logging.getLogger("crvq")
+
+REPORT = "report.json"
+_UNFINISHED = ".crvq-unfinished"  # marks a folder that `convert` was writing and may remove
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+
+
+def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: str | None = None) -> dict[str, Any]:
+    """Quantizes a checkpoint into a new folder; the same call again continues an interrupted one.
+
+    Args:
+        source: folder or hub id of a dense causal language model.
+        out: folder to make. Finished blocks are kept in `config.work_dir`, by default `out` + ".work", until the
+            result is saved.
+        config: how to quantize.
+        gguf_file: name of a GGUF file in `source` to read instead of safetensors.
+
+    Returns:
+        The pipeline's report (see `quantize_blocks_`), also in `out`/report.json, there with the `command`. Where
+        `out` holds the finished result of the same call, nothing is done and that report returned.
+
+    Raises:
+        ValueError: there is no such model, it is already quantized, `out` holds something else, there is too little
+            space, or what `quantize_model` refuses.
+        OSError: the result cannot be saved; the work folder is kept.
+    """
+    out = Path(os.path.abspath(out))
+    check_source(source)
+    command = {
+        "model": os.path.abspath(source) if os.path.isdir(source) else source,
+        "gguf_file": gguf_file,
+        "config": config.to_dict(),
+    }
+    finished = _check_out(out, command)
+    if finished is not None:
+        logger.warning("%s is already the finished result of this command; nothing to do.", out)
+        return finished
+    _check_writable(out.parent)
+    config = copy.copy(config)
+    config.work_dir = config.work_dir or f"{out}.work"
+    model, tokenizer = load_dense(source, gguf_file)
+    _check_space(model, config, out.parent)
+    work = Path(config.work_dir)
+    is_new = not work.exists()
+    try:
+        quantize_model(model, tokenizer if config.tokenizer is None else None, config)
+    except BaseException:
+        if is_new and not (work / "calibration.safetensors").exists():  # nothing in it is worth keeping
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    report = {**model.crvq_report, "command": command}
+    try:
+        _save(model, tokenizer, report, out)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full" if full else str(error)
+        raise OSError(
+            f"Saving {out} failed: {reason}. Nothing is lost: what is quantized is kept in {work}; "
+            "once this is solved, run the same command again."
+        ) from error
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def check_source(source: str) -> None:
+    """Checks that `source` can be a model: a folder, or a name on the hub.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if os.path.isfile(source):
+        raise ValueError(f"{source} is a file; give the folder it is in (for a GGUF file, and --gguf-file).")
+    if not os.path.isdir(source) and not _HUB_NAME.fullmatch(source):
+        raise ValueError(f"There is no folder {source}, and it is no name of a model on the hub either.")
+
+
+def load_dense(source: str, gguf_file: str | None = None) -> tuple[PreTrainedModel, Any]:
+    """Returns a dense model on the CPU, in the dtype it is stored in, and its tokenizer, None if it has none.
+
+    Args:
+        source: folder or hub id.
+        gguf_file: name of a GGUF file in it; its weights become bfloat16.
+
+    Raises:
+        ValueError: the checkpoint is already quantized, or is no causal language model.
+        OSError: there is no such model.
+    """
+    if gguf_file is not None:
+        return load_gguf(source, gguf_file, torch.bfloat16)
+    stored = getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        raise ValueError(f"{source} is already quantized ({method}); start from the dense model.")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    try:
+        return model, AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s has no tokenizer that transformers can load: %s", source, error)
+        return model, None
+
+
+def _check_out(out: Path, command: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the report of a finished result of the same command, None if `out` is free.
+
+    Raises:
+        ValueError: there is something else.
+    """
+    unfinished = _unfinished(out)
+    if unfinished.exists() and not (unfinished / _UNFINISHED).is_file():
+        raise ValueError(f"{unfinished} is in the way and crvq did not make it; move it or name another output.")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        found = report["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{out} exists and holds something else; name another output, or remove it.") from None
+    if found != json.loads(json.dumps(command)):
+        raise ValueError(
+            f"{out} exists and is the result of another command ({found.get('model')} quantized with other settings "
+            "or another model); name another output, or remove it."
+        )
+    return report
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises ValueError if no file can be made in `folder`, which is made first if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"Cannot write in {folder} ({error.strerror}); name an output elsewhere.") from error
+
+
+def _check_space(model: PreTrainedModel, config: CRVQConfig, folder: Path) -> None:
+    """Raises ValueError if the disk cannot hold the quantized layers twice (work folder, result) and the rest once."""
+    linears, _ = quantizable_linears(model, config)
+    quantized = sum(config.layer_shape(*linear_size(module)).nbytes for module in linears.values())
+    inside = {id(module.weight) for module in linears.values()}
+    rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
+    needed, free = 2 * quantized + rest, shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{folder} has {free / 1e6:.0f} MB of free space, the result and the work folder need "
+            f"{needed / 1e6:.0f} MB; free some, or name an output elsewhere."
+        )
+
+
+def _unfinished(out: Path) -> Path:
+    """Returns the folder that is written before it is renamed to `out`."""
+    return out.with_name(f"{out.name}.tmp")
+
+
+def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], out: Path) -> None:
+    """Saves model, tokenizer and report in `out`, which is there complete or not at all."""
+    unfinished = _unfinished(out)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        (unfinished / _UNFINISHED).touch()
+        model.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        (unfinished / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (unfinished / _UNFINISHED).unlink()
+        os.replace(unfinished, out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise

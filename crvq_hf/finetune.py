@@ -1,0 +1,256 @@
+"""Fine-tuning of what is continuous in a quantized model: codebooks, row scales, norms and biases.
+
+Block fine-tuning fits a block to the full-precision block's output, end-to-end fine-tuning the whole model to the
+full-precision logits (CRVQ section 3.4). Codes stay as the search chose them.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from crvq_kernels import unpack_codes
+from torch import Tensor, nn
+
+from .linear import CRVQLinear
+from .quantized_weight import QuantizedWeight
+from .search import assemble, scatter
+
+# Tokens whose distributions over the vocabulary exist at a time.
+_DIVERGENCE_TOKENS = 64
+
+
+class _Reconstruct(torch.autograd.Function):
+    """Dense weight `[N, K]`, channels in their original order, from codebooks and scales.
+
+    The backward scatters the gradient onto the codewords in use; no row of codewords is kept apart.
+    """
+
+    @staticmethod
+    def forward(ctx, codebooks: Tensor, scales: Tensor, codes: Tensor, order: Tensor, critical: int) -> Tensor:
+        codes, order = codes.int(), order.long()
+        unscaled = assemble(codebooks, codes, critical)
+        ctx.save_for_backward(unscaled, scales, codes, order)
+        ctx.shape, ctx.critical = codebooks.shape, critical
+        return (unscaled * scales[:, None]).index_select(1, order.argsort())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        unscaled, scales, codes, order = ctx.saved_tensors
+        grad = grad.index_select(1, order)
+        codebooks = scatter(grad * scales[:, None], codes, ctx.shape, ctx.critical)
+        return codebooks, (grad * unscaled).sum(1), None, None, None
+
+
+class _Divergence(torch.autograd.Function):
+    """Mean KL(teacher || student) over tokens; makes its gradient at once, a few tokens at a time.
+
+    With vocabularies of 50 to 250 thousand, autograd would keep half a dozen tensors of the size of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, teacher: Tensor) -> Tensor:
+        student, teacher = logits.flatten(0, -2), teacher.flatten(0, -2)
+        gradient, total = torch.empty_like(student), torch.zeros((), device=logits.device)
+        for start in range(0, len(student), _DIVERGENCE_TOKENS):
+            part = slice(start, start + _DIVERGENCE_TOKENS)
+            log_q = F.log_softmax(student[part].float(), -1)
+            log_p = F.log_softmax(teacher[part].float(), -1)
+            p = log_p.exp()
+            gradient[part] = (log_q.exp() - p) / len(student)
+            total += torch.dot(p.view(-1), log_p.sub_(log_q).view(-1))
+        ctx.save_for_backward(gradient.view_as(logits))
+        return total / len(student)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None
+
+
+class TunableLinear(nn.Module):
+    """A `CRVQLinear` in training: fp32 codebooks of unit size and fp32 relative scales, codes fixed.
+
+    Codewords are divided by their root mean square, and scales by their start value, so that one learning rate suits
+    every layer of every model.
+    """
+
+    def __init__(self, linear: CRVQLinear):
+        super().__init__()
+        stored = linear.quantized_weight()
+        codebooks = stored.codebooks.float()
+        size = codebooks.square().mean().sqrt().clamp_min(1e-12)
+        self.nbits, self.num_critical_groups = stored.nbits, stored.num_critical_groups
+        self.packed_codes = stored.codes
+        self.codebooks = nn.Parameter(codebooks / size)
+        self.relative_scales = nn.Parameter(torch.ones_like(stored.scales, dtype=torch.float32))
+        self.register_buffer("start_scales", stored.scales.float() * size, persistent=False)
+        self.register_buffer("codes", unpack_codes(stored.codes, stored.nbits, stored.num_virtual_groups), False)
+        self.register_buffer("channel_order", stored.channel_order, persistent=False)
+        self.bias, self.conv1d = linear.bias, linear.conv1d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns `[..., N]` for `x` `[..., K]`."""
+        scales = self.start_scales * self.relative_scales
+        weight = _Reconstruct.apply(self.codebooks, scales, self.codes, self.channel_order, self.num_critical_groups)
+        return F.linear(x, weight, self.bias)
+
+    @torch.no_grad()
+    def to_linear(self) -> CRVQLinear:
+        """Returns the tuned layer, rounded to what is stored."""
+        # A codebook of unit size keeps fp16's relative precision; the scales carry the magnitude.
+        scales = self.start_scales * self.relative_scales
+        weight = QuantizedWeight(
+            self.packed_codes,
+            self.codebooks.detach().half(),
+            scales.half(),
+            self.channel_order,
+            self.nbits,
+            self.num_critical_groups,
+        )
+        linear = CRVQLinear.from_quantized(weight, self.bias)
+        linear.conv1d = self.conv1d
+        return linear
+
+
+@contextmanager
+def tunable(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Makes the quantized linears of `module` trainable while inside; yields all tunable parameters.
+
+    These are codebooks, scales, and the norms and biases (parameters of at most one dimension) of `module`.
+    """
+    names = [name for name, child in module.named_modules() if isinstance(child, CRVQLinear)]
+    for name in names:
+        module.set_submodule(name, TunableLinear(module.get_submodule(name)))
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    codebooks = {id(child.codebooks) for child in module.modules() if isinstance(child, TunableLinear)}
+    parameters = [p for p, _ in flags if p.dim() <= 1 or id(p) in codebooks]
+    try:
+        module.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield parameters
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        for name in names:
+            module.set_submodule(name, module.get_submodule(name).to_linear())
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Returns the learning rate of a step: a linear warm-up over the first twentieth, then a cosine to zero."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def relative_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Returns the mean over tokens of the error's energy over the target's.
+
+    A plain mean squared error would be that of the few tokens with massive activations. The logarithm keeps tokens
+    beyond repair from pulling at all the others.
+
+    Args:
+        output: `[batch, seqlen, hidden_size]`.
+        target: the same, from the full-precision model.
+    """
+    error = (output.float() - target).square().sum(-1)
+    return torch.log1p(error / target.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Returns the mean over tokens of KL(teacher || student), in nats.
+
+    Args:
+        logits: `[batch, seqlen, vocab_size]`.
+        teacher: the same, of the full-precision model.
+    """
+    return _Divergence.apply(logits, teacher)
+
+
+class Trainer:
+    """Adam over a fixed number of steps, with a state that can be saved between any two of them."""
+
+    def __init__(self, parameters: list[nn.Parameter], steps: int, peak: float):
+        """Args: parameters: what to tune; steps: how many there will be; peak: highest learning rate."""
+        self.parameters, self.steps, self.peak = parameters, steps, peak
+        self.optimizer = torch.optim.Adam(parameters, lr=peak, betas=(0.9, 0.95))
+
+    def step(self, number: int, loss: Tensor) -> float:
+        """Takes step `number` down the gradient of `loss`; returns the loss.
+
+        Raises:
+            ValueError: the loss is not finite.
+        """
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ValueError(f"Fine-tuning met a loss of {value} at step {number}; try a smaller learning rate.")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(number, self.steps, self.peak)
+        self.optimizer.step()
+        return value
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns parameters and moments by name, enough to go on from here exactly."""
+        tensors = {}
+        for number, parameter in enumerate(self.parameters):
+            tensors[f"{number}.value"] = parameter.detach()
+            tensors.update({f"{number}.{key}": value for key, value in self.optimizer.state[parameter].items()})
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Takes up the state that `state` returned."""
+        for number, parameter in enumerate(self.parameters):
+            own = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{number}.")}
+            parameter.copy_(own.pop("value"))
+            # The step count stays on the CPU, as Adam has it; moments belong with their parameter.
+            self.optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in own.items()
+            }
+
+
+def shuffled(count: int, epochs: int, seed: int) -> list[int]:
+    """Returns the indices 0..count-1 in a new random order for each epoch, one epoch after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    return [int(i) for _ in range(epochs) for i in torch.randperm(count, generator=generator)]
+
+
+def finetune_block_(
+    block: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    *,
+    epochs: int,
+    peak: float,
+    seed: int,
+) -> tuple[float, float]:
+    """Fits a quantized block to the full-precision model's hidden states after it.
+
+    Args:
+        block: the block, its linears quantized, fp32, on the compute device.
+        run: maps a batch of inputs to the block's output.
+        inputs: batches `[batch, seqlen, hidden_size]`: what the quantized model hands to the block.
+        targets: as many batches: what the full-precision model has after it.
+        epochs: passes over the batches.
+        peak: learning rate.
+        seed: of the order of batches.
+
+    Returns:
+        The mean loss over the first and over the last tenth of the steps.
+    """
+    order = shuffled(len(inputs), epochs, seed)
+    losses = []
+    with tunable(block) as parameters:
+        trainer = Trainer(parameters, len(order), peak)
+        for number, index in enumerate(order):
+            output = run(inputs[index])
+            losses.append(trainer.step(number, relative_loss(output, targets[index].to(output.device).float())))
+    part = max(1, len(losses) // 10)
+    return sum(losses[:part]) / part, sum(losses[-part:]) / part

@@ -1,0 +1,52 @@
+"""What a quantization run depends on, and where its work folder is when the user names none."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from torch import nn
+
+from .config import CRVQConfig
+
+# Files whose code decides what comes out: a work folder that other code has written is not continued.
+_ALGORITHM = "blocks calibration codebook end_to_end finetune hessian importance pipeline quantize search".split()
+
+
+@torch.no_grad()
+def run_fingerprint(model: nn.Module, config: CRVQConfig) -> dict[str, Any]:
+    """Returns everything that decides the result, as JSON-able values by name.
+
+    Weights enter through at most 1024 values of each tensor: enough to tell models apart without reading them twice.
+    """
+    weights = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 1024)][:1024].float().cpu()
+        weights.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}:".encode() + sample.numpy().tobytes())
+    code = hashlib.sha256()
+    for stem in _ALGORITHM:
+        code.update(Path(__file__).with_name(f"{stem}.py").read_bytes())
+    fields = config.to_dict()
+    fields["dataset"] = _dataset_fingerprint(fields["dataset"])
+    return {
+        "model": type(model).__name__,
+        "weights": weights.hexdigest(),
+        "code of crvq_hf": code.hexdigest(),
+        **fields,
+    }
+
+
+def _dataset_fingerprint(dataset: str | list[str] | None) -> str | None:
+    """Returns what identifies the calibration text: the hash of a file's or a list's text, or a dataset's name."""
+    if isinstance(dataset, str) and Path(dataset).is_file():
+        return hashlib.sha256(Path(dataset).read_bytes()).hexdigest()
+    if isinstance(dataset, list):
+        return hashlib.sha256("\x00".join(dataset).encode()).hexdigest()
+    return dataset
+
+
+def default_work_dir(fingerprint: dict[str, Any]) -> Path:
+    """Returns the work folder of a run that names none, in the Hugging Face cache."""
+    return Path(HF_HOME) / "crvq" / hashlib.sha256(repr(sorted(fingerprint.items())).encode()).hexdigest()[:16]

@@ -1,0 +1,400 @@
+"""`quantize_blocks_`: a whole model, one decoder block on the compute device at a time, resumable.
+
+Two streams of hidden states run through the blocks: those of the full-precision model, the targets, and those of the
+quantized model, the inputs that every layer is calibrated on, so that later layers can make up for earlier ones.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from crvq_kernels import pack_codes
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from .blocks import BlockRunner, find_blocks, for_each_input, linear_stages
+from .calibration import calibration_tokens
+from .config import CRVQConfig
+from .device import compute_device, has_fast_bfloat16, mixed_precision, peak_memory_bytes
+from .end_to_end import finetune_end_to_end_
+from .finetune import finetune_block_
+from .fingerprint import default_work_dir, run_fingerprint
+from .hessian import HessianAccumulator
+from .linear import CRVQLinear
+from .quantize import LayerCodes, fit_weight
+from .quantized_weight import QuantizedWeight, order_dtype
+from .replace import linear_size, quantizable_linears, set_quantized_
+from .workfolder import WorkFolder
+
+logger = logging.getLogger("crvq")
+
+# Found by measurement on SmolLM2-135M (benchmarks/LOG.md).
+RUN_TOKENS = 2048  # tokens that go through a block at once
+BLOCK_STEP_TOKENS = 512  # tokens of one step of block fine-tuning: many small steps beat few large ones
+BLOCK_LEARNING_RATE = 8e-3
+E2E_STEP_TOKENS = 1024
+E2E_LEARNING_RATE = 2e-3
+
+
+@dataclass
+class _Run:
+    """What one run needs everywhere.
+
+    Attributes:
+        model: being quantized.
+        config: how.
+        device: compute device.
+        bfloat16: whether blocks run in mixed precision.
+        linears: names of the layers to quantize, relative to their block, by block.
+        runner: runs the blocks; None without calibration text.
+        work: the work folder.
+        layers: report lines by layer name.
+        seconds: time by phase.
+    """
+
+    model: nn.Module
+    config: CRVQConfig
+    device: torch.device
+    bfloat16: bool
+    linears: list[list[str]]
+    blocks_name: str
+    blocks: nn.ModuleList
+    work: WorkFolder
+    runner: BlockRunner | None = None
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def timed(self, phase: str, start: float) -> None:
+        """Adds the time since `start` to a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def run_block(self, index: int, hidden: Tensor) -> Tensor:
+        """Returns the output of a block that is on the compute device, fp32."""
+        with mixed_precision(self.device, self.bfloat16):
+            return self.runner.run(index, hidden.to(self.device, torch.float32), self.device).float()
+
+
+def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> dict[str, Any]:
+    """Quantizes the linears of a model's decoder blocks in place.
+
+    Args:
+        model: a causal language model in eval mode, on one device.
+        tokenizer: for calibration text; see `calibration_tokens`.
+        config: see `CRVQConfig`. Without `work_dir`, finished blocks go to a folder under the Hugging Face cache.
+
+    Returns:
+        The report, JSON-able, also left at `model.crvq_report`: `bits_per_weight` (stored bits over the quantized
+        layers, order counted), `layers` (`relative_error`, `bits_per_weight`, `seconds` by name), `seconds` by phase,
+        `calibration_tokens`, `activation_bytes`, `peak_memory_bytes`, `e2e_loss`.
+
+    Raises:
+        ValueError: no layer to quantize, no usable calibration text, NaN in weights or activations, a work folder of
+            another run, too little memory for the activations.
+    """
+    device = compute_device(config.device)
+    blocks_name, blocks = find_blocks(model)
+    linears, skipped = quantizable_linears(model, config)
+    for name, reason in skipped.items():
+        logger.warning("%s stays dense: %s.", name, reason)
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
+    prefixes = [f"{blocks_name}.{i}." for i in range(len(blocks))]
+    by_block = [[n.removeprefix(p) for n in linears if n.startswith(p)] for p in prefixes]
+    _check_weights(linears)
+    fingerprint = run_fingerprint(model, config)
+    with WorkFolder(config.work_dir or default_work_dir(fingerprint), fingerprint) as work:
+        logger.info("Finished blocks are kept in %s.", work.path)
+        bfloat16 = _precision(work, device)
+        run = _Run(model, config, device, bfloat16, by_block, blocks_name, blocks, work)
+        start = time.perf_counter()
+        tokens = _calibration(run, tokenizer)
+        run.timed("calibration", start)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            report = _quantize(run, tokens)
+    model.crvq_report = report
+    return report
+
+
+def _quantize(run: _Run, tokens: Tensor | None) -> dict[str, Any]:
+    """Quantizes all blocks, then fine-tunes end to end; returns the report."""
+    full = None if tokens is None else _embed(run, tokens)
+    quantized = None if full is None else full.clone()
+    bar = transformers_logging.tqdm(range(len(run.blocks)), desc="quantizing", unit="block")
+    for index in bar:
+        _advance(run, index, full, quantized)
+        done = [line for name, line in run.layers.items() if name.startswith(f"{run.blocks_name}.{index}.")]
+        if done:
+            worst = max(line["relative_error"] for line in done)
+            bar.set_postfix_str(f"worst relative error {worst:.3f}, {_bits(run):.3f} bits")
+    del quantized
+    losses = None
+    if tokens is not None and run.config.e2e_finetune_epochs:
+        losses = _finetune_end_to_end(run, tokens, full)
+    return {
+        "bits_per_weight": _bits(run),
+        "layers": run.layers,
+        "seconds": run.seconds,
+        "calibration_tokens": 0 if tokens is None else tokens.numel(),
+        "activation_bytes": 0 if full is None else 2 * full.nbytes,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "e2e_loss": losses,
+    }
+
+
+def _bits(run: _Run) -> float:
+    """Returns the stored bits per weight over all layers quantized so far."""
+    layers = [module for module in run.blocks.modules() if isinstance(module, CRVQLinear)]
+    return sum(8 * m.quantized_weight().nbytes for m in layers) / sum(m.in_features * m.out_features for m in layers)
+
+
+def _batches(samples: Tensor, batch_tokens: int = RUN_TOKENS) -> tuple[Tensor, ...]:
+    """Returns views of `samples` `[nsamples, seqlen, ...]` of at most `batch_tokens`, at least one sequence each."""
+    return samples.split(max(1, batch_tokens // samples.shape[1]))
+
+
+def _embed(run: _Run, tokens: Tensor) -> Tensor:
+    """Returns what the first block receives, `[nsamples, seqlen, hidden_size]`, in the model's dtype, on the CPU.
+
+    Raises:
+        ValueError: two such streams do not fit in memory.
+    """
+    width = run.model.config.get_text_config().hidden_size
+    needed = 2 * tokens.numel() * width * run.model.dtype.itemsize
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    logger.info("Calibration activations take %.2f GB.", needed / 1e9)
+    if needed > 0.9 * available:
+        raise ValueError(
+            f"The activations of {tokens.numel()} calibration tokens need {needed / 1e9:.1f} GB of memory, "
+            f"{available / 1e9:.1f} GB are free; lower nsamples or seqlen."
+        )
+    run.runner = BlockRunner(run.model)
+    return torch.cat([run.runner.embed(batch).cpu() for batch in _batches(tokens)])
+
+
+def _advance(run: _Run, index: int, full: Tensor | None, quantized: Tensor | None) -> None:
+    """Quantizes one block, or takes it from the work folder, and moves both streams past it, in place."""
+    block, name = run.blocks[index], f"block_{index:04d}"
+    home = next(block.parameters()).device
+    dtypes = {key: parameter.dtype for key, parameter in block.named_parameters()}
+    block.to(run.device, torch.float32)
+    if full is not None:
+        _move_stream(run, index, full)
+    saved = run.work.load(name)
+    if saved is None:
+        _quantize_block(run, index, quantized, full)
+        _restore_dtypes(block, dtypes)
+        lines = {key: run.layers[f"{run.blocks_name}.{index}.{key}"] for key in run.linears[index]}
+        run.work.save(name, _tunable_state(block), lines)
+    else:
+        tensors, lines = saved
+        _load_block(run, block, run.linears[index], tensors)
+        _restore_dtypes(block, dtypes)
+        run.layers.update({f"{run.blocks_name}.{index}.{key}": line for key, line in lines.items()})
+    if quantized is not None:
+        block.to(run.device, torch.float32)
+        _move_stream(run, index, quantized)
+        _restore_dtypes(block, dtypes)
+    block.to(home)
+
+
+@torch.no_grad()
+def _move_stream(run: _Run, index: int, stream: Tensor) -> None:
+    """Overwrites hidden states before block `index` with those after it."""
+    start = time.perf_counter()
+    for hidden in _batches(stream):
+        hidden.copy_(run.run_block(index, hidden))
+    _check_finite(stream, f"{run.blocks_name}.{index}", "output")
+    run.timed("running blocks", start)
+
+
+def _quantize_block(run: _Run, index: int, inputs: Tensor | None, targets: Tensor | None) -> None:
+    """Quantizes the linears of a block stage by stage, each on what the quantized ones before it leave, then tunes."""
+    block, names = run.blocks[index], run.linears[index]
+    if inputs is None:
+        for name in names:
+            eye = torch.eye(linear_size(block.get_submodule(name))[0], device=run.device)
+            _quantize_linear(run, index, name, eye)
+        return
+    if not names:
+        return
+    for stage in linear_stages(block, names, lambda: run.run_block(index, inputs[:1])):
+        start = time.perf_counter()
+        hessians = _hessians(run, index, [group[0] for group in stage], inputs)
+        run.timed("hessians", start)
+        for group in stage:
+            hessian = hessians.pop(group[0]).hessian()
+            _check_finite(hessian, f"{run.blocks_name}.{index}.{group[0]}", "calibration input")
+            for name in group:
+                _quantize_linear(run, index, name, hessian)
+    if run.config.block_finetune_epochs:
+        start = time.perf_counter()
+        finetune_block_(
+            block,
+            lambda hidden: run.run_block(index, hidden),
+            _batches(inputs, BLOCK_STEP_TOKENS),
+            _batches(targets, BLOCK_STEP_TOKENS),
+            epochs=run.config.block_finetune_epochs,
+            peak=BLOCK_LEARNING_RATE,
+            seed=run.config.seed + index,
+        )
+        run.timed("block fine-tuning", start)
+
+
+def _hessians(run: _Run, index: int, names: list[str], inputs: Tensor) -> dict[str, HessianAccumulator]:
+    """Returns the accumulated Hessians of some linears of a block, by name."""
+    block = run.blocks[index]
+    sizes = {name: linear_size(block.get_submodule(name))[0] for name in names}
+    hessians = {name: HessianAccumulator(size, run.device) for name, size in sizes.items()}
+    forwards = (partial(run.run_block, index, hidden) for hidden in _batches(inputs))
+    for_each_input(block, names, lambda name, x: hessians[name].add(x), forwards)
+    return hessians
+
+
+def _quantize_linear(run: _Run, index: int, name: str, hessian: Tensor) -> None:
+    """Replaces one linear of a block by its quantized layer and notes how well it went."""
+    start = time.perf_counter()
+    block, full_name = run.blocks[index], f"{run.blocks_name}.{index}.{name}"
+    module = block.get_submodule(name)
+    weight = module.weight.detach().to(run.device, torch.float32)
+    weight = weight.T if isinstance(module, Conv1D) else weight
+    shape = run.config.layer_shape(weight.shape[1], weight.shape[0])
+    seed = int.from_bytes(hashlib.sha256(f"{run.config.seed}:{full_name}".encode()).digest()[:7], "big")
+    fitted = fit_weight(
+        weight,
+        hessian,
+        in_group_size=shape.in_group_size,
+        codebook_size=shape.codebook_size,
+        num_extended_codebooks=shape.num_codebooks - 1,
+        num_critical_groups=shape.num_critical_groups,
+        importance=run.config.importance,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    stored = to_stored(fitted, shape.nbits)
+    set_quantized_(block, name, stored)
+    run.timed("quantizing", start)
+    run.layers[full_name] = {
+        "relative_error": fitted.relative_error,
+        "bits_per_weight": stored.bits_per_weight,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def to_stored(fitted: LayerCodes, nbits: int) -> QuantizedWeight:
+    """Returns a fitted layer as it is stored: codes packed, codebooks of unit size, fp16.
+
+    Raises:
+        ValueError: the weight is too large for fp16 scales.
+    """
+    size = fitted.codebooks.square().mean().sqrt().clamp_min(1e-12)
+    scales = (fitted.scales * size).half()
+    if not scales.isfinite().all():
+        raise ValueError(
+            f"A row scale of {float((fitted.scales * size).max()):.3g} does not fit float16 (65504 at most); "
+            "leave this layer dense with modules_to_not_convert."
+        )
+    return QuantizedWeight(
+        pack_codes(fitted.codes, nbits),
+        (fitted.codebooks / size).half(),
+        scales,
+        fitted.channel_order.to(order_dtype(len(fitted.channel_order))),
+        nbits,
+        fitted.num_critical_groups,
+    )
+
+
+def _tunable_state(module: nn.Module) -> dict[str, Tensor]:
+    """Returns all that quantizing changes: the tensors of quantized layers, and the norms and biases."""
+    quantized = [name for name, child in module.named_modules() if isinstance(child, CRVQLinear)]
+    return {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.dim() <= 1 or name.rpartition(".")[0] in quantized
+    }
+
+
+@torch.no_grad()
+def _load_block(run: _Run, block: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> None:
+    """Puts the finished linears, norms and biases of a work folder into a block."""
+    for name in names:
+        in_features, out_features = linear_size(block.get_submodule(name))
+        shape = run.config.layer_shape(in_features, out_features)
+        own = {
+            key.removeprefix(f"{name}."): value.to(run.device)
+            for key, value in tensors.items()
+            if key.startswith(f"{name}.")
+        }
+        set_quantized_(block, name, QuantizedWeight.from_tensors(own, shape.nbits, shape.num_critical_groups))
+    for name, parameter in block.named_parameters():
+        if name in tensors:
+            parameter.data = tensors[name].to(parameter.device)
+
+
+def _restore_dtypes(block: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Casts float parameters back to what they were before the block went to fp32."""
+    for name, parameter in block.named_parameters():
+        if name in dtypes and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtypes[name])
+
+
+def _finetune_end_to_end(run: _Run, tokens: Tensor, hidden: Tensor) -> dict[str, float]:
+    """Tunes the whole model on the compute device; returns first and last loss."""
+    start = time.perf_counter()
+    home = next(run.model.parameters()).device
+    dtypes = {name: parameter.dtype for name, parameter in run.blocks.named_parameters()}
+    run.model.to(run.device)
+    run.blocks.to(run.device, torch.float32)
+    losses = finetune_end_to_end_(
+        run.runner,
+        _batches(tokens, E2E_STEP_TOKENS),
+        _batches(hidden, E2E_STEP_TOKENS),
+        epochs=run.config.e2e_finetune_epochs,
+        peak=E2E_LEARNING_RATE,
+        seed=run.config.seed,
+        precision=lambda: mixed_precision(run.device, run.bfloat16),
+        work=run.work,
+    )
+    _restore_dtypes(run.blocks, dtypes)
+    run.model.to(home)
+    run.timed("end-to-end fine-tuning", start)
+    return losses
+
+
+def _calibration(run: _Run, tokenizer: Any) -> Tensor | None:
+    """Returns the calibration tokens; those of the work folder if this run has chosen them before."""
+    saved = run.work.load("calibration")
+    if saved is not None:
+        return saved[0].get("tokens")
+    tokens = calibration_tokens(run.model, tokenizer, run.config)
+    run.work.save("calibration", {} if tokens is None else {"tokens": tokens})
+    return tokens
+
+
+def _precision(work: WorkFolder, device: torch.device) -> bool:
+    """Returns whether to run blocks in bfloat16: as this run began, else whether it is fast here."""
+    saved = work.load("precision")
+    if saved is None:
+        saved = {}, {"bfloat16": has_fast_bfloat16(device.type)}
+        work.save("precision", *saved)
+    return saved[1]["bfloat16"]
+
+
+@torch.no_grad()
+def _check_weights(linears: dict[str, nn.Module]) -> None:
+    """Raises ValueError naming the first layer with NaN or infinite weights."""
+    for name, module in linears.items():
+        _check_finite(module.weight, name, "weight")
+
+
+def _check_finite(tensor: Tensor, name: str, what: str) -> None:
+    if not tensor.isfinite().all():
+        raise ValueError(
+            f"The {what} of {name} holds NaN or infinite values; check the model, or load it with dtype=torch.float32 "
+            "if half precision overflows."
+        )

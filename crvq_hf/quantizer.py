@@ -1,0 +1,304 @@
+"""`CRVQQuantizer`: how transformers quantizes, saves, loads and dequantizes a CRVQ model.
+
+The only file that knows transformers' quantizer hooks. `from_pretrained` calls them in this order: `__init__`,
+`validate_environment`, (the model is built on the meta device), `_process_model_before_weight_loading`,
+`update_weight_conversions`, (the weights are loaded), `_process_model_after_weight_loading`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import WeightConverter
+from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from . import checkpoint
+from .blocks import find_blocks
+from .config import FORMAT_VERSION, QUANT_METHOD, CRVQConfig
+from .experts import UnfusedExperts, find_fused_experts, fuse_experts_, unfuse_experts_
+from .linear import CRVQLinear
+from .replace import is_named_by, linear_size, quantizable_linears, replace_with_crvq_, to_dense
+
+logger = logging.getLogger("crvq")
+
+
+class CRVQQuantizer(HfQuantizer):
+    """Connects CRVQ to `from_pretrained`, `save_pretrained` and `model.dequantize()`.
+
+    A dense checkpoint is loaded as it is and quantized afterwards, block by block. A CRVQ checkpoint is loaded into
+    `CRVQLinear` layers that stand exactly where the checkpoint has codes.
+    """
+
+    requires_calibration = False  # it does calibrate, but by itself: True would refuse dense checkpoints
+    is_trainable = True  # adapters only
+    is_compileable = True
+    quantization_config: CRVQConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses to spread a model over several devices where its layers are about to be replaced.
+
+        Raises:
+            ValueError: on a device map that names several devices or the disk while the model is to be quantized,
+                or is to be loaded as a dense one.
+        """
+        devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
+        if self.pre_quantized and not self.quantization_config.dequantize:
+            return
+        if len(devices) > 1 or devices & {"disk", "meta"}:
+            task = "dequantize a model" if self.pre_quantized else "quantize a model"
+            raise ValueError(
+                f"To {task} while loading, all of it must be on one device, but device_map spreads it over "
+                f"{sorted(devices)}; pass device_map='cpu' (blocks move to the GPU one at a time)."
+            )
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
+        """Returns the renamings alone for a CRVQ checkpoint: it is stored in the model's own layout, nothing fused."""
+        if not self.pre_quantized:
+            return weight_conversions
+        return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Puts `CRVQLinear` layers where the checkpoint has codes; leaves a model to be quantized alone."""
+        tp_size = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
+        if tp_size > 1:
+            raise ValueError(
+                f"CRVQ layers cannot be split over devices, but tensor parallelism over {tp_size} was asked for; "
+                "use device_map='auto' instead."
+            )
+        if not self.pre_quantized:
+            find_blocks(model)
+            return
+        if checkpoint_files is None:  # a state dict was given, so there are no headers to ask
+            _unfuse(model, self.quantization_config)
+            names = list(quantizable_linears(model, self.quantization_config)[0])
+        else:
+            names = _match_checkpoint(model, checkpoint_files, self.quantization_config)
+        replace_with_crvq_(model, names, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Quantizes a dense model, or checks a CRVQ model that has just been loaded."""
+        if not self.pre_quantized:
+            _quantize(model, self.quantization_config)
+            self.quantization_config = _recorded_config(model, self.quantization_config)
+        else:
+            _check_loaded(model)
+            if self.quantization_config.dequantize:
+                return self._dequantize(model, model.dtype)
+        self._attach(model)
+        return model
+
+    def _attach(self, model: PreTrainedModel) -> None:
+        """Makes `model` one that transformers knows to be quantized and can save."""
+        model.config.quantization_config = self.quantization_config
+        _mark_quantized(model, True)
+        model.is_quantized = True
+        model.quantization_method = QUANT_METHOD
+        model.hf_quantizer = self
+        model._weight_conversions = []  # saved as it is: the conversions know nothing of codes
+        model.add_model_tags([QUANT_METHOD])
+        self.is_compileable = not any(isinstance(module, UnfusedExperts) for module in model.modules())
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Turns every layer back into a dense one, as if the model had been loaded from a dense checkpoint."""
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, CRVQLinear)}
+        if any(layer.weight.is_meta or hasattr(layer, "_hf_hook") for layer in layers.values()):
+            raise ValueError(
+                "Dequantizing needs the whole model on one device; load it without offloading, "
+                "for example with device_map='cpu'."
+            )
+        for name, layer in layers.items():
+            model.set_submodule(name, to_dense(layer, dtype))
+        fuse_experts_(model)
+        _mark_quantized(model, False)
+        model._weight_conversions = None  # saved in the layout of the original checkpoint
+        model.model_tags = [tag for tag in model.model_tags or [] if tag != QUANT_METHOD]
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        """Returns no special state dict and what the metadata of the safetensors files says."""
+        return None, {"crvq_format_version": str(FORMAT_VERSION)}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Returns that a CRVQ model can be saved."""
+        return True
+
+
+def quantize_model(model: PreTrainedModel, tokenizer: Any = None, config: CRVQConfig | None = None) -> PreTrainedModel:
+    """Quantizes a model that is in memory; afterwards it can be saved like any other.
+
+    Args:
+        model: changed in place, and put into evaluation mode. It must be on one device; the CPU will do, blocks move
+            to the compute device one at a time.
+        tokenizer: tokenizer or its name, for calibration text; the one that came with the model by default.
+        config: how to quantize, the defaults of `CRVQConfig` if None.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: the model is already quantized, is spread over devices, or has nothing to quantize.
+    """
+    config = CRVQConfig() if config is None else config
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} is already quantized ({model.quantization_method}); start from the dense model."
+        )
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1 or devices == {"meta"}:
+        raise ValueError(
+            f"The model to quantize must be on one device, found it on {sorted(devices)}; "
+            "load it with device_map='cpu'."
+        )
+    _quantize(model.eval(), config, tokenizer)
+    CRVQQuantizer(_recorded_config(model, config), pre_quantized=True)._attach(model)
+    return model
+
+
+def register() -> None:
+    """Makes transformers know "crvq"; may be called again after a reload."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+    auto.AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+    auto.register_quantization_config(QUANT_METHOD)(CRVQConfig)
+    auto.register_quantizer(QUANT_METHOD)(CRVQQuantizer)
+    others = [cls for cls in auto.LOADING_ATTRIBUTES_CONFIG_TYPES if cls.__name__ != CRVQConfig.__name__]
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*others, CRVQConfig)
+
+
+def _quantize(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any = None) -> None:
+    """Quantizes `model` in place with the pipeline."""
+    from .pipeline import quantize_blocks_
+
+    _unfuse(model, config)
+    linears, _ = quantizable_linears(model, config)
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
+    tokenizer = config.tokenizer if tokenizer is None else tokenizer
+    quantize_blocks_(model, _load_tokenizer(model, config, tokenizer), config)
+
+
+def _unfuse(model: nn.Module, config: CRVQConfig) -> None:
+    """Unfuses the experts that `config` does not leave dense."""
+    known, _ = find_fused_experts(model)
+    unfuse_experts_(model, [name for name in known if not is_named_by(name, config.modules_to_not_convert or [])])
+
+
+def _load_tokenizer(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any) -> Any:
+    """Returns the tokenizer for the calibration text, or None where there is none and none is needed."""
+    if tokenizer is None and config.dataset is None:
+        return None
+    if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    name = tokenizer or model.name_or_path
+    problem = None
+    if name:
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError) as error:
+            problem = error
+    if tokenizer is None and config.dataset == "self":
+        return None  # the model can write tokens without one
+    raise ValueError(
+        f"No tokenizer found at {str(name)!r} to read the calibration text; pass CRVQConfig(tokenizer=...)."
+    ) from problem
+
+
+def _recorded_config(model: nn.Module, config: CRVQConfig) -> CRVQConfig:
+    """Returns the config to store with a quantized model: no runtime fields, no texts or local paths of the user."""
+    recorded = CRVQConfig.from_dict(config.to_dict())
+    if isinstance(recorded.dataset, list):
+        recorded.dataset = f"{len(recorded.dataset)} texts"
+    elif recorded.dataset and os.path.exists(recorded.dataset):
+        recorded.dataset = os.path.basename(os.path.normpath(recorded.dataset))
+    dense = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, CRVQLinear)
+    ]
+    recorded.modules_to_not_convert = sorted({*(config.modules_to_not_convert or []), *dense}) or None
+    return recorded
+
+
+def _match_checkpoint(model: PreTrainedModel, files: list[str], config: CRVQConfig) -> list[str]:
+    """Returns the layers of `model` that the checkpoint has codes for, after checking their shapes.
+
+    Experts which the checkpoint has one by one are unfused.
+    """
+    safetensors = [file for file in files if str(file).endswith(".safetensors")]
+    if not safetensors:
+        raise ValueError(
+            f"A CRVQ checkpoint consists of safetensors files, found {sorted(map(os.path.basename, files))}."
+        )
+    tensors = checkpoint.read_headers(safetensors)
+    stored = checkpoint.quantized_modules(tensors)
+    if not stored:
+        raise ValueError(
+            f"The config says {QUANT_METHOD!r}, but none of the {len(tensors)} tensors of the checkpoint belongs to a "
+            "CRVQ layer; remove quantization_config from config.json if the checkpoint is dense."
+        )
+    known, _ = find_fused_experts(model)
+    prefix = model.base_model_prefix
+    unfuse_experts_(model, [name for name in known if _resolve(f"{name}.0.gate_proj.weight", tensors, prefix)])
+
+    modules = dict(model.named_modules())
+    names = {}
+    for module in stored:
+        name = _resolve(module, modules, prefix)
+        if name is None:
+            logger.warning("The checkpoint has a CRVQ layer %s, %s has not.", module, type(model).__name__)
+            continue
+        dense = modules[name]
+        if not isinstance(dense, (nn.Linear, Conv1D)):
+            raise ValueError(f"The checkpoint has a CRVQ layer {module}, in the model it is a {type(dense).__name__}.")
+        checkpoint.check_layer(tensors, module, config, *linear_size(dense), bias=dense.bias is not None)
+        names[name] = module
+    if not names:
+        raise ValueError(
+            f"None of the {len(stored)} CRVQ layers of the checkpoint (such as {stored[0]}) "
+            f"is in {type(model).__name__}; load it with the class it was saved from."
+        )
+    return list(names)
+
+
+def _resolve(name: str, known: Container[str], prefix: str) -> str | None:
+    """Returns `name` as `known` spells it: with or without the prefix of the base model, None if not at all."""
+    candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    return next((candidate for candidate in candidates if candidate in known), None)
+
+
+def _check_loaded(model: PreTrainedModel) -> None:
+    """Checks that every CRVQ tensor was loaded and is sound, and switches gradients off.
+
+    Raises:
+        ValueError: a tensor was not in the checkpoint, or holds values that cannot be.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, CRVQLinear):
+            continue
+        module.requires_grad_(False)
+        parameters = dict(module.named_parameters(recurse=False))
+        if any(parameter.is_meta for parameter in parameters.values()):
+            continue  # offloaded to disk
+        for key, parameter in parameters.items():
+            if not getattr(parameter, "_is_hf_initialized", False):
+                raise ValueError(f"The checkpoint lacks the tensor {name}.{key}; it is incomplete.")
+        module.quantized_weight().check(name)
+
+
+def _mark_quantized(model: nn.Module, flag: bool) -> None:
+    """Sets the flag that forbids to cast a quantized model on it and all models inside it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = flag

@@ -1,0 +1,107 @@
+"""The work folder: what a run has finished, on disk, so that a killed run continues where it was."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_FINGERPRINT = "fingerprint.json"
+
+
+class WorkFolder:
+    """Named sets of tensors with a JSON-able note each, all belonging to one fingerprint.
+
+    Every file is written under a temporary name and renamed, so a file that is there is complete. One process at a
+    time may use a folder; use it as a context manager.
+    """
+
+    def __init__(self, path: str | os.PathLike, fingerprint: dict[str, Any]):
+        """Opens or creates the folder.
+
+        Args:
+            path: the folder.
+            fingerprint: JSON-able values by name; everything the result depends on.
+
+        Raises:
+            ValueError: the folder belongs to a run with another fingerprint, holds something else, or is in use.
+        """
+        self.path = Path(path)
+        fingerprint = json.loads(json.dumps(fingerprint))
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"The work folder {self.path} is a file; name another with work_dir.")
+        if self.path.is_dir() and not (self.path / _FINGERPRINT).exists():
+            if any(p.name != ".lock" and not p.name.endswith(".tmp") for p in self.path.iterdir()):
+                raise ValueError(f"{self.path} is not empty and not a work folder; name another with work_dir.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"The work folder {self.path} is in use by another process; wait or name another."
+            ) from None
+        try:
+            self._compare(fingerprint)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _compare(self, fingerprint: dict[str, Any]) -> None:
+        file = self.path / _FINGERPRINT
+        if not file.exists():
+            self._write(file, json.dumps(fingerprint, indent=1).encode())
+            return
+        found = json.loads(file.read_text())
+        differing = sorted(k for k in {*found, *fingerprint} if found.get(k) != fingerprint.get(k))
+        if differing:
+            changes = "; ".join(f"{k}: {found.get(k)!r:.60} then, {fingerprint.get(k)!r:.60} now" for k in differing)
+            raise ValueError(
+                f"The work folder {self.path} belongs to another run ({changes}); "
+                "repeat that run's settings to continue it, or delete the folder to start anew."
+            )
+
+    def __enter__(self) -> "WorkFolder":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._lock.release()
+
+    def save(self, name: str, tensors: dict[str, Tensor], note: Any = None) -> None:
+        """Writes `tensors` and a JSON-able note under `name`, replacing what was there."""
+        temporary = self.path / f"{name}.tmp"
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        try:
+            save_file(tensors, temporary, metadata={"note": json.dumps(note)})
+            os.replace(temporary, self._file(name))
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
+        """Returns the tensors and the note saved under `name`, None if there are none.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        file = self._file(name)
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, "pt") as opened:
+                note = json.loads(opened.metadata()["note"])
+            return load_file(file), note
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); delete it to compute it again.") from error
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+    def _write(self, file: Path, content: bytes) -> None:
+        temporary = file.with_suffix(".tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, file)

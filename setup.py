@@ -1,0 +1,51 @@
+"""Packaging. The two packages are listed one by one: the folder `kernels/` is no package itself, nor may become one.
+
+Hugging Face has a package named `kernels`; an `__init__.py` in ours would hide it from everything started here.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "crvq_hf/__init__.py").read_text(), re.MULTILINE).group(1)
+DATASETS = "datasets>=3.0"  # for dataset="wikitext2" and "c4"
+GGUF = "gguf>=0.10"  # for --gguf-file
+
+setup(
+    name="crvq-hf",
+    version=VERSION,
+    description="CRVQ (channel-relaxed vector quantization) for Hugging Face transformers, with Triton kernels",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["crvq_hf", "crvq_kernels"],
+    package_dir={"crvq_hf": "crvq_hf", "crvq_kernels": "kernels/crvq_kernels"},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.17,<6",
+        "accelerate",
+        "optimum",
+        "safetensors",
+        "huggingface_hub",
+        "filelock",
+        "numpy",
+        "triton>=3.2; platform_system=='Linux'",
+    ],
+    extras_require={
+        "datasets": [DATASETS],
+        "gguf": [GGUF],
+        "demo": [DATASETS, GGUF],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", "kernels", GGUF],
+    },
+    entry_points={"console_scripts": ["crvq = crvq_hf.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

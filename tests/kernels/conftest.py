@@ -1,0 +1,73 @@
+"""Fixtures of the kernel tests: random layers, an error measure, and poisoned allocations in every test."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from crvq_kernels import num_virtual_groups, pack_codes
+from torch import Tensor
+
+
+@dataclass
+class Layer:
+    """A random CRVQ layer; `tensors` are the leading arguments of `dequantize`, `constants` the trailing ones."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    constants: tuple[int, int]
+    codes: Tensor
+    bias: Tensor
+
+    def linear_args(self, bias: bool) -> tuple:
+        return (*self.tensors, self.bias if bias else None, *self.constants)
+
+
+@pytest.fixture
+def make_layer():
+    def make(
+        out_features: int = 100,
+        in_features: int = 72,
+        in_group_size: int = 8,
+        nbits: int = 8,
+        num_extended: int = 3,
+        num_critical_groups: int = 2,
+        codebook_size: int | None = None,
+        dtype: torch.dtype = torch.float16,
+    ) -> Layer:
+        codebook_size = codebook_size or 2**nbits
+        num_codebooks = 1 + num_extended
+        num_critical_groups = num_critical_groups if num_extended else 0
+        num_codes = num_virtual_groups(in_features, in_group_size, num_codebooks, num_critical_groups)
+        codes = torch.randint(0, codebook_size, (out_features, num_codes))
+        order_dtype = torch.uint8 if in_features <= 256 else torch.int16
+        tensors = (
+            pack_codes(codes, nbits),
+            torch.randn(num_codebooks, codebook_size, in_group_size).to(dtype),
+            torch.randn(out_features).to(dtype),
+            torch.randperm(in_features).to(order_dtype),
+        )
+        return Layer(tensors, (nbits, num_critical_groups), codes, torch.randn(out_features))
+
+    return make
+
+
+@pytest.fixture
+def relative_error():
+    """Root mean square of the error over the root mean square of the expected values; NaN where anything is NaN."""
+
+    def measure(actual: Tensor, expected: Tensor) -> float:
+        assert actual.shape == expected.shape
+        actual, expected = actual.double(), expected.double()
+        return ((actual - expected).norm() / expected.norm()).item()
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def tolerance():
+    """Largest accepted relative error by dtype of the result. The interpreter truncates when it stores bf16."""
+    return {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 6e-3}
+
+
+@pytest.fixture(autouse=True)
+def _poison(poisoned_empty):
+    pass

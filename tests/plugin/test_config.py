@@ -1,0 +1,182 @@
+"""`CRVQConfig`: what each field accepts, and that it survives every way of being copied and stored."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from crvq_hf import CRVQConfig
+from crvq_hf.config import FIELDS
+
+ACCEPTED = {
+    "quant_method": ["crvq"],
+    "format_version": [1],
+    "in_group_size": [4, 8, 16],
+    "nbits_per_codebook": [4, 8, 12],
+    "num_extended_codebooks": [0, 7],
+    "critical_ratio": [0, 0.02, 0.5],
+    "importance": ["weight_activation", "weight", "random"],
+    "dataset": ["self", "wikitext2", "c4", "texts.txt", ["one text", "another"], None],
+    "nsamples": [1, 4096],
+    "seqlen": [1, 4096],
+    "seed": [0, 2**40],
+    "block_finetune_epochs": [0, 9],
+    "e2e_finetune_epochs": [0, 9],
+    "modules_to_not_convert": [None, [], ["lm_head", r"layers\.[01]"]],
+    "tokenizer": [None, "name", object()],
+    "device": [None, "cpu", "cuda:1", torch.device("cpu")],
+    "work_dir": [None, "folder"],
+    "dequantize": [True, False],
+}
+REJECTED = {
+    "quant_method": ["gptq", None],
+    "format_version": [0, 2, "1", None, True],
+    "in_group_size": [0, 2, 32, "8", None, True],
+    "nbits_per_codebook": [3, 13, 8.0, "8", None, True],
+    "num_extended_codebooks": [-1, 8, 1.5, None, False],
+    "critical_ratio": [-0.01, 0.51, float("nan"), float("inf"), "0.1", None, True],
+    "importance": ["activation", 0, None],
+    "dataset": ["", [], [1], 5, {"a": 1}, (text for text in "ab")],
+    "nsamples": [0, -1, 1.0, None, True],
+    "seqlen": [0, -1, 2.0, None],
+    "seed": [-1, 0.5, None],
+    "block_finetune_epochs": [-1, 0.5, None, True],
+    "e2e_finetune_epochs": [-1, 0.5, None, True],
+    "modules_to_not_convert": ["lm_head", [1], [""], 3, ["*."]],
+    "tokenizer": [],
+    "device": ["gpu please", 1.5],
+    "work_dir": ["", 3],
+    "dequantize": ["yes", 1, None],
+}
+
+
+def cases(table):
+    return [pytest.param(name, value, id=f"{name}={value!r}"[:60]) for name in table for value in table[name]]
+
+
+def test_tables_cover_every_field():
+    assert set(ACCEPTED) == set(REJECTED) == set(FIELDS)
+
+
+@pytest.mark.parametrize(("name", "value"), cases(ACCEPTED))
+def test_accepted(name, value):
+    assert getattr(CRVQConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "value"), cases(REJECTED))
+def test_rejected(name, value):
+    with pytest.raises(ValueError, match=name):
+        CRVQConfig(**{name: value})
+    config = CRVQConfig()
+    with pytest.raises(ValueError, match=name):
+        setattr(config, name, value)
+    assert getattr(config, name) == FIELDS[name].default
+
+
+def test_paths_and_tuples_are_normalised():
+    config = CRVQConfig(dataset=Path("a/b"), work_dir=Path("c"), modules_to_not_convert=("x",), critical_ratio=0)
+    assert (config.dataset, config.work_dir, config.modules_to_not_convert) == ("a/b", "c", ["x"])
+    assert isinstance(config.critical_ratio, float)
+    assert CRVQConfig(dataset=("a", "b")).dataset == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "closest"),
+    [("nbits", "nbits_per_codebook"), ("group_size", "in_group_size"), ("critical_ration", "critical_ratio")],
+)
+def test_unknown_field_names_the_closest(name, closest):
+    with pytest.raises(ValueError, match=f"no field '{name}', did you mean '{closest}'"):
+        CRVQConfig(**{name: 1})
+
+
+def test_unknown_version_is_reported_before_its_unknown_fields():
+    with pytest.raises(ValueError, match="format_version 7.*only format_version 1"):
+        CRVQConfig(format_version=7, something_new=1)
+
+
+stored_fields = {
+    "in_group_size": st.sampled_from([4, 8, 16]),
+    "nbits_per_codebook": st.integers(4, 12),
+    "num_extended_codebooks": st.integers(0, 7),
+    "critical_ratio": st.floats(0, 0.5),
+    "dataset": st.none() | st.lists(st.text(), min_size=1),
+    "modules_to_not_convert": st.none() | st.lists(st.sampled_from(["lm_head", "up_proj"])),
+    "seed": st.integers(0, 2**62),
+}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.fixed_dictionaries({}, optional=stored_fields))
+def test_survives_json(fields):
+    config = CRVQConfig(**fields)
+    assert CRVQConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert CRVQConfig.from_dict(json.loads(config.to_json_string())) == config
+    assert dict(config) == config.to_dict() == config.to_diff_dict()
+
+
+def test_runtime_fields_are_not_stored():
+    config = CRVQConfig(tokenizer=object(), device=torch.device("cpu"), work_dir="w", dequantize=True)
+    assert not {"tokenizer", "device", "work_dir", "dequantize"} & set(config.to_dict())
+    assert CRVQConfig.from_dict(config.to_dict()) == CRVQConfig()
+    assert set(config.to_dict()) == {name for name, field in FIELDS.items() if field.metadata["stored"]}
+
+
+def test_stored_lists_are_copies():
+    config = CRVQConfig(modules_to_not_convert=["a"])
+    config.to_dict()["modules_to_not_convert"].append("b")
+    assert config.modules_to_not_convert == ["a"]
+
+
+def test_from_dict_takes_overrides():
+    config, unused = CRVQConfig.from_dict({"seed": 1}, return_unused_kwargs=True, seed=2, foo=3)
+    assert config.seed == 2 and unused == {"foo": 3}
+    with pytest.raises(ValueError, match="seed"):
+        CRVQConfig.from_dict({}, seed=-1)
+
+
+def test_deepcopy_and_inequality():
+    config = CRVQConfig(dataset=["text"], tokenizer={"a": 1})
+    copied = copy.deepcopy(config)
+    assert copied == config and copied.dataset is not config.dataset
+    assert config != CRVQConfig() and config != "crvq"
+
+
+def test_inside_a_model_config(tmp_path):
+    model_config = AutoConfig.for_model("llama")
+    model_config.quantization_config = CRVQConfig(seed=5)
+    model_config.save_pretrained(tmp_path)
+    assert CRVQConfig.from_dict(AutoConfig.from_pretrained(tmp_path).quantization_config) == CRVQConfig(seed=5)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_has_help(name):
+    assert len(FIELDS[name].metadata["help"]) > 10
+
+
+@pytest.mark.parametrize(
+    ("size", "fields", "expected"),
+    [
+        # (num_codebooks, codebook_size, num_critical_groups, num_virtual_groups)
+        ((4096, 4096), {}, (4, 256, 10, 512 + 3 * 10)),
+        ((64, 4096), {}, (4, 256, 1, 8 + 3)),  # at least one critical group
+        ((64, 4096), {"critical_ratio": 0}, (1, 256, 0, 8)),
+        ((64, 4096), {"num_extended_codebooks": 0}, (1, 256, 0, 8)),
+        ((32, 16), {"nbits_per_codebook": 12}, (4, 64, 1, 4 + 3)),  # no more entries than groups in the layer
+        ((64, 64), {"critical_ratio": 0.5, "in_group_size": 4, "num_extended_codebooks": 1}, (2, 256, 8, 16 + 8)),
+    ],
+)
+def test_layer_shape(size, fields, expected):
+    shape = CRVQConfig(**fields).layer_shape(*size)
+    found = (shape.num_codebooks, shape.codebook_size, shape.num_critical_groups, shape.num_virtual_groups)
+    assert found == expected
+    assert (shape.in_features, shape.out_features) == size
+
+
+def test_layer_shape_of_channels_that_do_not_fit():
+    with pytest.raises(ValueError, match="36 input channels cannot be cut into groups of 8"):
+        CRVQConfig().layer_shape(36, 8)

@@ -1,0 +1,115 @@
+"""`CRVQLinear`: forward, and that moving or casting a model leaves its tensors what they are."""
+
+import copy
+
+import pytest
+import torch
+from crvq_kernels import linear_ref
+from torch import nn
+
+from crvq_hf import CRVQConfig, CRVQLinear
+from crvq_hf.quantized_weight import TENSOR_NAMES
+
+
+@pytest.fixture
+def weight(make_weight):
+    return make_weight(64, 24, nbits_per_codebook=6, critical_ratio=0.25)
+
+
+@pytest.fixture
+def layer(weight):
+    return CRVQLinear.from_quantized(weight, torch.randn(24))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_is_the_reference(weight, dtype, bias):
+    bias = torch.randn(24) if bias else None
+    x = torch.randn(2, 5, 64).to(dtype)
+    y = CRVQLinear.from_quantized(weight, bias)(x)
+    assert y.shape == (2, 5, 24) and y.dtype == dtype
+    torch.testing.assert_close(y, linear_ref(x, *weight.tensors().values(), bias, 6, 2))
+
+
+def test_is_a_linear_layer_without_gradients(layer, weight):
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features, layer.nbits, layer.num_critical_groups) == (64, 24, 6, 2)
+    assert list(layer.state_dict()) == [*TENSOR_NAMES, "bias"]
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert layer.weight.data_ptr() == weight.codes.data_ptr()
+
+
+def test_quantized_weight_comes_back(layer, weight):
+    for a, b in zip(layer.quantized_weight().tensors().values(), weight.tensors().values(), strict=True):
+        assert a.data_ptr() == b.data_ptr() and not isinstance(a, nn.Parameter)
+    assert torch.equal(layer.dequantize(torch.float32), weight.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_constructor_makes_the_shapes_of_the_config(bias):
+    shape = CRVQConfig(nbits_per_codebook=10).layer_shape(64, 24)
+    layer = CRVQLinear(
+        64, 24, bias=bias, in_group_size=8, nbits=10, num_codebooks=shape.num_codebooks,
+        codebook_size=shape.codebook_size, num_critical_groups=shape.num_critical_groups,
+        bias_dtype=torch.bfloat16, device="meta",
+    )  # fmt: skip
+    found = {name: (tuple(p.shape), p.dtype) for name, p in layer.named_parameters()}
+    assert found == shape.tensors() | ({"bias": ((24,), torch.bfloat16)} if bias else {})
+    assert all(parameter.is_meta for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda module: module.to(torch.bfloat16),
+        lambda module: module.bfloat16(),
+        lambda module: module.type(torch.bfloat16),
+        lambda module: nn.Sequential(module).to(torch.bfloat16)[0],
+    ],
+)
+def test_casting_reaches_only_the_bias(layer, weight, cast):
+    cast(layer)
+    assert layer.bias.dtype == torch.bfloat16
+    for name, tensor in weight.tensors().items():
+        assert torch.equal(getattr(layer, name), tensor) and getattr(layer, name).dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to("meta", torch.bfloat16), lambda m: m.to_empty(device="meta")])
+def test_moving_reaches_everything(layer, weight, move):
+    move(layer)
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    assert {name: getattr(layer, name).dtype for name in TENSOR_NAMES} == {
+        name: tensor.dtype for name, tensor in weight.tensors().items()
+    }
+
+
+def test_share_memory(layer):
+    layer.share_memory()
+    assert all(parameter.is_shared() for parameter in layer.parameters())
+
+
+def test_gradients_of_the_bias_follow_it(layer):
+    layer.bias.requires_grad_(True)
+    layer(torch.randn(3, 64)).sum().backward()
+    layer.double()
+    assert layer.bias.dtype == layer.bias.grad.dtype == torch.float64
+
+
+def test_gradient_reaches_the_input(layer):
+    x = torch.randn(3, 64, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantize(torch.float32).sum(0).expand(3, -1))
+
+
+def test_deepcopy_and_state_dict(layer):
+    other = copy.deepcopy(layer)
+    other.weight_scale.data.zero_()
+    x = torch.randn(3, 64)
+    assert not torch.equal(other(x), layer(x))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+
+
+def test_repr_names_the_numbers(layer):
+    assert "in_features=64, out_features=24, bias=True, nbits=6" in repr(layer)
+    assert "in_group_size=8, codebooks=4x64, num_critical_groups=2" in repr(layer)

@@ -1,0 +1,137 @@
+"""The rooms of the house and the direction of its arrows: a file may import only files that come before it."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"crvq_kernels": ROOT / "kernels/crvq_kernels", "crvq_hf": ROOT / "crvq_hf"}
+
+# In each package, every file, from the ground up.
+ORDER = {
+    "crvq_kernels": [
+        "packing",
+        "reference",
+        "tuning",
+        "decode",
+        "gemv",
+        "dequant",
+        "ops",
+        "__init__",
+    ],
+    "crvq_hf": [
+        "hessian",
+        "importance",
+        "codebook",
+        "search",
+        "quantize",
+        "device",
+        "quantized_weight",
+        "linear",
+        "config",
+        "blocks",
+        "experts",
+        "replace",
+        "checkpoint",
+        "calibration",
+        "finetune",
+        "workfolder",
+        "fingerprint",
+        "end_to_end",
+        "pipeline",
+        "quantizer",
+        "evaluate",
+        "gguf_model",
+        "convert",
+        "info",
+        "doctor",
+        "demo",
+        "cli",
+        "__init__",
+        "__main__",
+    ],
+}
+ALGORITHM = ["hessian", "importance", "codebook", "search", "quantize"]
+# Packages from outside that a file may import beside the standard library.
+KERNEL_PACKAGES = {"torch", "triton"}
+ALGORITHM_PACKAGES = {"torch"}
+
+
+def imported(source: str, package: str) -> list[str]:
+    """Returns the dotted names of all that a file imports, also inside functions, relative imports made absolute.
+
+    Args:
+        source: text of a file of `package`, which has no subpackages.
+        package: its package.
+    """
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level <= 1, "a relative import that leaves its package"
+            base = ".".join(part for part in (package if node.level else "", node.module or "") if part)
+            names += [f"{base}.{alias.name}" if base in ORDER else base for alias in node.names]
+    return names
+
+
+def violations(source: str, package: str, room: str) -> list[str]:
+    """Returns what a file imports against the rules."""
+    wrong = []
+    before = set(ORDER[package][: ORDER[package].index(room)])
+    for name in imported(source, package):
+        top, _, rest = name.partition(".")
+        target = rest.partition(".")[0]
+        if top == package:
+            # What is no room (a name out of `__init__`) counts as `__init__` itself.
+            allowed = (target if target in ORDER[package] else "__init__") in before
+        elif top == "crvq_kernels":
+            allowed = True
+        elif top in sys.stdlib_module_names:
+            allowed = True
+        elif package == "crvq_kernels":
+            allowed = top in KERNEL_PACKAGES
+        elif room in ALGORITHM:
+            allowed = top in ALGORITHM_PACKAGES
+        else:
+            allowed = top != "crvq_hf"
+        if not allowed:
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_every_file_has_its_place(package):
+    assert sorted(path.relative_to(FOLDERS[package]).as_posix() for path in FOLDERS[package].rglob("*.py")) == sorted(
+        f"{room}.py" for room in ORDER[package]
+    )
+
+
+@pytest.mark.parametrize(("package", "room"), [(package, room) for package in ORDER for room in ORDER[package]])
+def test_arrows_point_down(package, room):
+    source = (FOLDERS[package] / f"{room}.py").read_text(encoding="utf-8")
+    assert violations(source, package, room) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "room", "source"),
+    [
+        ("crvq_kernels", "packing", "import crvq_hf"),
+        ("crvq_kernels", "packing", "from .ops import linear"),
+        ("crvq_kernels", "ops", "import transformers.utils"),
+        ("crvq_hf", "search", "def f():\n    from transformers import AutoModel"),
+        ("crvq_hf", "hessian", "from . import search"),
+        ("crvq_hf", "config", "from crvq_hf import checkpoint"),
+        ("crvq_hf", "config", "from crvq_hf.pipeline import quantize_blocks_"),
+        ("crvq_hf", "pipeline", "from . import quantize_model"),
+        ("crvq_hf", "linear", "import crvq_hf.replace as r"),
+    ],
+)
+def test_a_wrong_arrow_is_seen(package, room, source):
+    assert len(violations(source, package, room)) == 1
+
+
+def test_kernels_is_no_package():
+    assert not (ROOT / "kernels/__init__.py").exists(), "it would hide Hugging Face's package `kernels`"

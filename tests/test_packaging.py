@@ -1,0 +1,96 @@
+"""What is installed: the right files, importable from anywhere, without hiding Hugging Face's package `kernels`."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+# Run with -E and -S: the editable install of the environment that the tests run in would be found as well.
+PROGRAM = """
+import site, sys
+sys.path.append({packages!r})
+site.addsitedir({target!r})
+import crvq_hf, crvq_kernels, kernels
+from transformers import LlamaForCausalLM  # fails where Hugging Face's kernels is hidden
+for module in (crvq_hf, crvq_kernels, kernels):
+    print(module.__file__)
+"""
+
+
+def run(command: list[str], **options) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what the package is built from, so that building leaves nothing in the repository."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("crvq_hf", "kernels"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run([*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)], cwd=source)
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def sites(wheel, source, tmp_path_factory) -> dict[str, Path]:
+    """Folders with the wheel and with an editable install."""
+    found = {}
+    for how, what in (("wheel", [str(wheel)]), ("editable", ["--editable", str(source)])):
+        found[how] = tmp_path_factory.mktemp(how)
+        options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(found[how])]
+        run([*PIP, "install", *options, *what], cwd=source)
+    return found
+
+
+def declared_version() -> str:
+    return re.search(r'^__version__ = "(.+)"$', (ROOT / "crvq_hf/__init__.py").read_text(), re.MULTILINE).group(1)
+
+
+def test_wheel_holds_all_modules_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = {f"crvq_hf/{path.name}" for path in (ROOT / "crvq_hf").glob("*.py")}
+    modules |= {f"crvq_kernels/{path.name}" for path in (ROOT / "kernels/crvq_kernels").glob("*.py")}
+    assert {name for name in names if ".dist-info/" not in name} == modules
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_wheel_metadata(wheel):
+    with zipfile.ZipFile(wheel) as opened:
+        names = [name for name in opened.namelist() if ".dist-info/" in name]
+        read = {name.rpartition("/")[2]: opened.read(name).decode() for name in names}
+    metadata = read["METADATA"]
+    assert f"Version: {declared_version()}\n" in metadata
+    assert "Requires-Dist: transformers<6,>=5.17" in metadata
+    assert "Requires-Python: >=3.10" in metadata
+    assert "crvq = crvq_hf.cli:main" in read["entry_points.txt"]
+
+
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_import_in_the_repository_root(how, sites, source):
+    """The root, where a folder `kernels` lies in the way, is the first place Python looks in."""
+    packages = sysconfig.get_paths()["purelib"]
+    program = PROGRAM.format(packages=packages, target=str(sites[how]))
+    printed = run([sys.executable, "-E", "-S", "-c", program], cwd=source).splitlines()
+    crvq_hf, crvq_kernels, kernels = map(Path, printed)
+    assert crvq_hf == source / "crvq_hf/__init__.py"
+    installed = sites["wheel"] / "crvq_kernels" if how == "wheel" else source / "kernels/crvq_kernels"
+    assert crvq_kernels == installed / "__init__.py"
+    assert kernels.is_relative_to(packages)
