@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Threads that wait sleep: waiting busily makes a machine with other work on it several times slower.
+export OMP_WAIT_POLICY := PASSIVE
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: demo test check style clean

@@ -32,7 +32,9 @@ setup(
         "safetensors",
         "huggingface_hub",
         "filelock",
+        "tqdm",
         "numpy",
+        "psutil",
         "triton>=3.2; platform_system=='Linux'",
     ],
     extras_require={

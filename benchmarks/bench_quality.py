@@ -1,9 +1,9 @@
 """Perplexity, stored bits and CPU time of one `crvq quantize` run; appends a row to results/quality.csv.
 
     python benchmarks/bench_quality.py MODEL --calibration calib.txt --text wiki.test.raw --name "block" \
-        -- --nsamples 64 --e2e-finetune-epochs 0
+        --nsamples 64 --e2e-finetune-epochs 0
 
-MODEL is the folder of a dense model; everything after `--` goes to `crvq quantize`. Quantizing and evaluating are
+MODEL is the folder of a dense model; options it does not know go to `crvq quantize`. Quantizing and evaluating are
 processes of their own, on one thread, so that CPU seconds can be compared between machines with different cores.
 """
 
@@ -31,11 +31,10 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="text file, evaluation only")
     parser.add_argument("--name", required=True, help="what the row is called")
     parser.add_argument("--keep", help="keep the quantized model in this folder")
-    parser.add_argument("options", nargs="*", help="options of crvq quantize, after --")
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(args.keep or f"{folder}/quantized")
-        run("quantize", args.model, str(out), "--dataset", args.calibration, *args.options)
+        run("quantize", args.model, str(out), "--dataset", args.calibration, *options)
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         measured = run(
             "eval", str(out), "--text", args.text, "--seqlen", str(SEQLEN), "--windows", str(WINDOWS), "--json"
@@ -49,7 +48,7 @@ def main() -> None:
             "peak_memory_mb": round(report["peak_memory_bytes"] / 1e6),
             "activation_mb": round(report["activation_bytes"] / 1e6),
             "windows": WINDOWS,
-            "options": " ".join(args.options),
+            "options": " ".join(options),
             "commit": commit(),
             "cpu": cpu_name(),
             "torch": version("torch"),

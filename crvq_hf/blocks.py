@@ -108,7 +108,7 @@ class BlockRunner:
                 if index == 0:
                     embedded.append(hidden)
                     if self._returns_tuple is None:  # some architectures' blocks return a tuple: ask one of them
-                        first = block_forward(hidden[:1], *args[1:], **kwargs)
+                        first = block_forward(hidden, *args[1:], **kwargs)
                         self._returns_tuple = isinstance(first, tuple)
                 if index == len(self.blocks) - 1:
                     raise _Done
@@ -189,7 +189,7 @@ def linear_stages(block: nn.Module, names: list[str], forward: Callable[[], Any]
     reached = [group for group in groups.values()] + [[n] for n in names if all(n != seen for seen, _ in order)]
     stages: list[tuple[set[str], list[list[str]]]] = []
     for group in reached:
-        kinds = {_kind(name) for name in group}
+        kinds = {kind_of(name) for name in group}
         for stage_kinds, stage in stages:
             if stage_kinds & kinds:
                 stage_kinds |= kinds
@@ -200,7 +200,7 @@ def linear_stages(block: nn.Module, names: list[str], forward: Callable[[], Any]
     return [stage for _, stage in stages]
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """Returns a module name without its numbers: `experts.3.up_proj` is of the kind `experts.up_proj`."""
     return ".".join(part for part in name.split(".") if not part.isdigit())
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from .config import CRVQConfig
@@ -106,11 +107,26 @@ def _hub_tokens(name: str, tokenizer: Any, config: CRVQConfig) -> Tensor:
                 name, tokenizer, nsamples=config.nsamples, seqlen=config.seqlen, seed=config.seed, split="train"
             )
     except Exception as error:  # whatever datasets, the hub client or the network raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"dataset={name!r} could not be loaded from the hub ({type(error).__name__}: {str(error):.200}); "
+            f"dataset={name!r} could not be loaded from the hub ({reason:.200}); "
             "give the path of a text file, or dataset='self' (the model writes its own text)."
         ) from error
     return torch.cat([sample["input_ids"] for sample in samples]).cpu()
+
+
+@contextmanager
+def _plain_sampling(model: nn.Module):
+    """Makes `model.generate` draw from the model's own distribution, whatever its generation config says.
+
+    Nothing ends a sequence: after an end token the model goes on with another text, as in its training data.
+    """
+    before = model.generation_config
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 @torch.no_grad()
@@ -121,6 +137,8 @@ def self_written_tokens(model: nn.Module, nsamples: int, seqlen: int, seed: int)
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     first = model.config.get_text_config().bos_token_id
+    if first is not None and not 0 <= first < vocabulary:  # some configs name a token that is not there
+        first = None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         starts = torch.randint(vocabulary, (nsamples, 1)) if first is None else torch.full((nsamples, 1), first)
@@ -129,19 +147,13 @@ def self_written_tokens(model: nn.Module, nsamples: int, seqlen: int, seed: int)
         bar = transformers_logging.tqdm(
             starts.split(_WRITING_BATCH), desc="writing calibration text", unit="batch", leave=False
         )
-        written = [
-            model.generate(
-                start.to(model.device),
-                attention_mask=torch.ones_like(start).to(model.device),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                min_new_tokens=seqlen - 1,
-                max_new_tokens=seqlen - 1,
-                pad_token_id=0,
-            ).cpu()
-            for start in bar
-        ]
+        with _plain_sampling(model):
+            written = [
+                model.generate(
+                    start.to(model.device),
+                    attention_mask=torch.ones_like(start).to(model.device),
+                    max_new_tokens=seqlen - 1,
+                ).cpu()
+                for start in bar
+            ]
     return torch.cat(written)

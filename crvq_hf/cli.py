@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .config import FIELDS, CRVQConfig
@@ -56,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        return args.run(args) or 0
+        with logging_redirect_tqdm([logger]):  # lines go above the progress bar
+            return args.run(args) or 0
     except KeyboardInterrupt:
         print("crvq: interrupted; the same command again continues", file=sys.stderr)
         return 130

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -32,7 +33,7 @@ def finetune_end_to_end_(
     full-precision weights are not needed any more.
 
     Args:
-        runner: of the quantized model; the model is on the compute device, its blocks in fp32.
+        runner: of the quantized model; the model is on the compute device, in fp32.
         batches: tokens, `[batch, seqlen]` each.
         hidden: the full-precision model's last hidden states, `[batch, seqlen, hidden_size]` each.
         epochs: passes over the batches.
@@ -56,7 +57,7 @@ def finetune_end_to_end_(
         for number in range(first, len(order)):
             index = order[number]
             with precision():
-                teacher = runner.logits(hidden[index].to(device))
+                teacher = runner.logits(hidden[index].to(device, torch.float32))
                 logits = model(input_ids=batches[index].to(device), use_cache=False).logits
             losses.append(trainer.step(number, distillation_loss(logits, teacher)))
             bar.update()

@@ -89,6 +89,7 @@ class TunableLinear(nn.Module):
         self.register_buffer("codes", unpack_codes(stored.codes, stored.nbits, stored.num_virtual_groups), False)
         self.register_buffer("channel_order", stored.channel_order, persistent=False)
         self.bias, self.conv1d = linear.bias, linear.conv1d
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `[..., N]` for `x` `[..., K]`."""
@@ -111,7 +112,7 @@ class TunableLinear(nn.Module):
         )
         linear = CRVQLinear.from_quantized(weight, self.bias)
         linear.conv1d = self.conv1d
-        return linear
+        return linear.train(self.training)
 
 
 @contextmanager

@@ -6,19 +6,19 @@ quantized model, the inputs that every layer is calibrated on, so that later lay
 
 import hashlib
 import logging
-import os
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from crvq_kernels import pack_codes
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from .blocks import BlockRunner, find_blocks, for_each_input, linear_stages
+from .blocks import BlockRunner, find_blocks, for_each_input, kind_of, linear_stages
 from .calibration import calibration_tokens
 from .config import CRVQConfig
 from .device import compute_device, has_fast_bfloat16, mixed_precision, peak_memory_bytes
@@ -129,10 +129,8 @@ def _quantize(run: _Run, tokens: Tensor | None) -> dict[str, Any]:
     bar = transformers_logging.tqdm(range(len(run.blocks)), desc="quantizing", unit="block")
     for index in bar:
         _advance(run, index, full, quantized)
-        done = [line for name, line in run.layers.items() if name.startswith(f"{run.blocks_name}.{index}.")]
-        if done:
-            worst = max(line["relative_error"] for line in done)
-            bar.set_postfix_str(f"worst relative error {worst:.3f}, {_bits(run):.3f} bits")
+        _tell(run, index)
+        bar.set_postfix_str(f"{_bits(run):.3f} bits")
     del quantized
     losses = None
     if tokens is not None and run.config.e2e_finetune_epochs:
@@ -148,10 +146,20 @@ def _quantize(run: _Run, tokens: Tensor | None) -> dict[str, Any]:
     }
 
 
+def _tell(run: _Run, index: int) -> None:
+    """Logs the relative errors of a block's layers, experts of one kind taken together, and the bits they take."""
+    kinds: dict[str, list[float]] = {}
+    for name in run.linears[index]:
+        kinds.setdefault(kind_of(name), []).append(run.layers[f"{run.blocks_name}.{index}.{name}"]["relative_error"])
+    errors = ", ".join(f"{kind.rpartition('.')[2]} {sum(e) / len(e):.3f}" for kind, e in kinds.items())
+    logger.info("%s.%d: relative error %s.", run.blocks_name, index, errors or "none, no layer to quantize")
+
+
 def _bits(run: _Run) -> float:
     """Returns the stored bits per weight over all layers quantized so far."""
     layers = [module for module in run.blocks.modules() if isinstance(module, CRVQLinear)]
-    return sum(8 * m.quantized_weight().nbytes for m in layers) / sum(m.in_features * m.out_features for m in layers)
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return sum(8 * layer.quantized_weight().nbytes for layer in layers) / max(1, weights)
 
 
 def _batches(samples: Tensor, batch_tokens: int = RUN_TOKENS) -> tuple[Tensor, ...]:
@@ -167,7 +175,7 @@ def _embed(run: _Run, tokens: Tensor) -> Tensor:
     """
     width = run.model.config.get_text_config().hidden_size
     needed = 2 * tokens.numel() * width * run.model.dtype.itemsize
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = psutil.virtual_memory().available
     logger.info("Calibration activations take %.2f GB.", needed / 1e9)
     if needed > 0.9 * available:
         raise ValueError(
@@ -182,7 +190,7 @@ def _advance(run: _Run, index: int, full: Tensor | None, quantized: Tensor | Non
     """Quantizes one block, or takes it from the work folder, and moves both streams past it, in place."""
     block, name = run.blocks[index], f"block_{index:04d}"
     home = next(block.parameters()).device
-    dtypes = {key: parameter.dtype for key, parameter in block.named_parameters()}
+    dtypes = _dtypes(block)
     block.to(run.device, torch.float32)
     if full is not None:
         _move_stream(run, index, full)
@@ -336,20 +344,25 @@ def _load_block(run: _Run, block: nn.Module, names: list[str], tensors: dict[str
             parameter.data = tensors[name].to(parameter.device)
 
 
-def _restore_dtypes(block: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Casts float parameters back to what they were before the block went to fp32."""
-    for name, parameter in block.named_parameters():
-        if name in dtypes and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtypes[name])
+def _dtypes(module: nn.Module) -> dict[str, torch.dtype]:
+    """Returns the dtype of every parameter and buffer by name."""
+    return {name: t.dtype for name, t in (*module.named_parameters(), *module.named_buffers())}
+
+
+def _restore_dtypes(module: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Casts what is still a float tensor back to what it was before the module went to fp32."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in dtypes and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes[name])
 
 
 def _finetune_end_to_end(run: _Run, tokens: Tensor, hidden: Tensor) -> dict[str, float]:
     """Tunes the whole model on the compute device; returns first and last loss."""
     start = time.perf_counter()
     home = next(run.model.parameters()).device
-    dtypes = {name: parameter.dtype for name, parameter in run.blocks.named_parameters()}
-    run.model.to(run.device)
-    run.blocks.to(run.device, torch.float32)
+    dtypes = _dtypes(run.model)
+    for module in run.model.children():  # the model itself refuses to be cast once it is quantized
+        module.to(run.device, torch.float32)
     losses = finetune_end_to_end_(
         run.runner,
         _batches(tokens, E2E_STEP_TOKENS),
@@ -360,7 +373,7 @@ def _finetune_end_to_end(run: _Run, tokens: Tensor, hidden: Tensor) -> dict[str,
         precision=lambda: mixed_precision(run.device, run.bfloat16),
         work=run.work,
     )
-    _restore_dtypes(run.blocks, dtypes)
+    _restore_dtypes(run.model, dtypes)
     run.model.to(home)
     run.timed("end-to-end fine-tuning", start)
     return losses

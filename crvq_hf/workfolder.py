@@ -56,7 +56,10 @@ class WorkFolder:
         if not file.exists():
             self._write(file, json.dumps(fingerprint, indent=1).encode())
             return
-        found = json.loads(file.read_text())
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}); delete {self.path} to start anew.") from error
         differing = sorted(k for k in {*found, *fingerprint} if found.get(k) != fingerprint.get(k))
         if differing:
             changes = "; ".join(f"{k}: {found.get(k)!r:.60} then, {fingerprint.get(k)!r:.60} now" for k in differing)
