@@ -60,6 +60,17 @@ def to_device(value: Any, device: torch.device | str) -> Any:
     return value
 
 
+def _equal(one: Any, other: Any) -> bool:
+    """Returns whether two arguments are equal, tensors in tuples, lists and dicts compared by value."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    return one is other or type(one) is type(other)
+
+
 @contextmanager
 def _replaced_forwards(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
     """Runs the model with `forwards` in place of its blocks' own."""
@@ -95,6 +106,9 @@ class BlockRunner:
 
         Args:
             tokens: `[batch, seqlen]`, int64.
+
+        Raises:
+            ValueError: the other arguments differ from those for an earlier batch of this shape.
         """
         arguments: list[tuple[tuple, dict[str, Any]]] = [((), {})] * len(self.blocks)
         embedded: list[Tensor] = []
@@ -121,7 +135,12 @@ class BlockRunner:
                 self.model(input_ids=tokens.to(self.model.device), use_cache=False)
             except _Done:
                 pass
-        self._arguments[tuple(tokens.shape)] = arguments
+        known = self._arguments.setdefault(tuple(tokens.shape), arguments)
+        if known is not arguments and not _equal(known, arguments):
+            raise ValueError(
+                f"The blocks of {type(self.model).__name__} are given something that depends on the text beside the "
+                "hidden states, which block-by-block calibration does not support; use dataset=None."
+            )
         return embedded[0]
 
     def run(self, index: int, hidden: Tensor, device: torch.device | str) -> Tensor:

@@ -107,7 +107,7 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
     prefixes = [f"{blocks_name}.{i}." for i in range(len(blocks))]
     by_block = [[n.removeprefix(p) for n in linears if n.startswith(p)] for p in prefixes]
     _check_weights(linears)
-    fingerprint = run_fingerprint(model, config)
+    fingerprint = run_fingerprint(model, tokenizer, config)
     with WorkFolder(config.work_dir or default_work_dir(fingerprint), fingerprint) as work:
         logger.info("Finished blocks are kept in %s.", work.path)
         bfloat16 = _precision(work, device)

@@ -117,6 +117,14 @@ def test_text_of_a_model_whose_start_token_is_not_in_its_vocabulary():
     assert tokens.shape == (5, 16) and tokens.max() < 64
 
 
+def test_an_end_token_ends_nothing():
+    """After it the model goes on with another text."""
+    model = tiny_model()
+    plain = calibration_tokens(model, None, config(dataset="self"))
+    model.config.eos_token_id = model.generation_config.eos_token_id = sorted(set(plain[:, 5].tolist()))
+    assert torch.equal(calibration_tokens(model, None, config(dataset="self")), plain)
+
+
 def test_text_of_one_token(model):
     assert calibration_tokens(model, None, config(dataset="self", seqlen=1)).tolist() == [[0]] * 5
 

@@ -421,8 +421,7 @@ def test_fine_tuning_pays(quantize, small_steps):
     block = divergence(quantize(make("llama"), "block", **fields, **OFF | {"block_finetune_epochs": 2}))
     model = quantize(make("llama"), "end to end", **fields, **OFF | {"e2e_finetune_epochs": 2})
     assert block < 0.9 * plain and divergence(model) < 0.95 * plain
-    losses = model.crvq_report["e2e_loss"]
-    assert losses["last"] < losses["first"]
+    assert model.crvq_report["e2e_loss"]["first"] == pytest.approx(plain, rel=0.4)  # the same thing on other text
 
 
 # Determinism and resuming
@@ -557,10 +556,10 @@ def test_a_changed_model_or_text_is_refused_by_name(quantize, tmp_path):
 
 def test_the_fingerprint_does_not_hold_the_text():
     config = CRVQConfig(dataset=["a secret"], tokenizer="some/where", work_dir="there", device="cpu")
-    fingerprint = run_fingerprint(make("llama"), config)
+    fingerprint = run_fingerprint(make("llama"), None, config)
     assert "secret" not in json.dumps(fingerprint)
     assert not {"tokenizer", "work_dir", "device"} & fingerprint.keys()
-    assert fingerprint["weights"] != run_fingerprint(make("llama", torch.bfloat16), config)["weights"]
+    assert fingerprint["weights"] != run_fingerprint(make("llama", torch.bfloat16), None, config)["weights"]
 
 
 # Errors
@@ -648,3 +647,24 @@ def test_activations_are_held_twice_whatever_the_number_of_blocks(num_blocks, qu
     )
     assert len(held) >= 3 * num_blocks and set(held) == {2}
     assert model.crvq_report["activation_bytes"] == 2 * stream
+
+
+def test_blocks_that_are_given_something_made_of_the_text_are_refused():
+    """As Gemma 3n's are: what is recorded for one batch would be wrong for the next."""
+    model = make("llama")
+    embed = model.get_input_embeddings()
+    embed.register_forward_hook(lambda module, args, output: setattr(module, "tokens", args[0]))
+    for block in find_blocks(model)[1]:
+        block.register_forward_pre_hook(lambda _, args, kw: (args, kw | {"text": embed.tokens}), with_kwargs=True)
+        block.forward = lambda hidden, text, **kwargs: hidden
+    runner = BlockRunner(model)
+    for _ in range(2):
+        runner.embed(torch.zeros(2, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="depends on the text"):
+        runner.embed(torch.ones(2, 8, dtype=torch.int64))
+
+
+def test_another_tokenizer_is_another_run(tmp_path):
+    model, settings = make("llama"), CRVQConfig(dataset=["text " * 50], work_dir=str(tmp_path))
+    one, other = (run_fingerprint(model, lambda text, n=n: {"input_ids": [n]}, settings) for n in (1, 2))
+    assert {name for name in one if one[name] != other[name]} == {"tokenization"}
