@@ -126,10 +126,14 @@ def _quantize(run: _Run, tokens: Tensor | None) -> dict[str, Any]:
     """Quantizes all blocks, then fine-tunes end to end; returns the report."""
     full = None if tokens is None else _embed(run, tokens)
     quantized = None if full is None else full.clone()
+    finished = sum(run.work.has(_block_file(index)) for index in range(len(run.blocks)))
+    if finished:
+        logger.info("%d of %d blocks are finished already; going on from there.", finished, len(run.blocks))
     bar = transformers_logging.tqdm(range(len(run.blocks)), desc="quantizing", unit="block")
     for index in bar:
         _advance(run, index, full, quantized)
-        _tell(run, index)
+        if index >= finished:
+            _tell(run, index)
         bar.set_postfix_str(f"{_bits(run):.3f} bits")
     del quantized
     losses = None
@@ -144,6 +148,11 @@ def _quantize(run: _Run, tokens: Tensor | None) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         "e2e_loss": losses,
     }
+
+
+def _block_file(index: int) -> str:
+    """Returns the name of a finished block in the work folder."""
+    return f"block_{index:04d}"
 
 
 def _tell(run: _Run, index: int) -> None:
@@ -188,7 +197,7 @@ def _embed(run: _Run, tokens: Tensor) -> Tensor:
 
 def _advance(run: _Run, index: int, full: Tensor | None, quantized: Tensor | None) -> None:
     """Quantizes one block, or takes it from the work folder, and moves both streams past it, in place."""
-    block, name = run.blocks[index], f"block_{index:04d}"
+    block, name = run.blocks[index], _block_file(index)
     home = next(block.parameters()).device
     dtypes = _dtypes(block)
     block.to(run.device, torch.float32)

@@ -85,6 +85,10 @@ class WorkFolder:
             temporary.unlink(missing_ok=True)
             raise
 
+    def has(self, name: str) -> bool:
+        """Returns whether something is saved under `name`."""
+        return self._file(name).exists()
+
     def load(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
         """Returns the tensors and the note saved under `name`, None if there are none.
 
@@ -92,7 +96,7 @@ class WorkFolder:
             ValueError: the file is damaged.
         """
         file = self._file(name)
-        if not file.exists():
+        if not self.has(name):
             return None
         try:
             with safe_open(file, "pt") as opened:
