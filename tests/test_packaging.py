@@ -12,11 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-# Run with -E and -S: the editable install of the environment that the tests run in would be found as well.
+# Run with -E and -S: the editable install of the environment that the tests run in would be found as well. For the
+# same reason the target comes first: both have a finder of the same name.
 PROGRAM = """
 import site, sys
-sys.path.append({packages!r})
 site.addsitedir({target!r})
+sys.path.append({packages!r})
 import crvq_hf, crvq_kernels, kernels
 from transformers import LlamaForCausalLM  # fails where Hugging Face's kernels is hidden
 for module in (crvq_hf, crvq_kernels, kernels):
