@@ -52,8 +52,10 @@ class _Run:
         device: compute device.
         bfloat16: whether blocks run in mixed precision.
         linears: names of the layers to quantize, relative to their block, by block.
-        runner: runs the blocks; None without calibration text.
+        blocks_name: the name of `blocks` in the model.
+        blocks: the decoder blocks.
         work: the work folder.
+        runner: runs the blocks; None without calibration text.
         layers: report lines by layer name.
         seconds: time by phase.
     """
