@@ -61,14 +61,16 @@ def to_device(value: Any, device: torch.device | str) -> Any:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Returns whether two arguments are equal, tensors in tuples, lists and dicts compared by value."""
+    """Returns whether two arguments are equal: tensors and plain values by value, other objects by their class."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and torch.equal(one, other)
     if isinstance(one, (tuple, list)):
         return len(one) == len(other) and all(map(_equal, one, other))
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
-    return one is other or type(one) is type(other)
+    if isinstance(one, (bool, int, float, str)):
+        return one == other
+    return type(one) is type(other)
 
 
 @contextmanager
