@@ -6,12 +6,33 @@ Hugging Face has a package named `kernels`; an `__init__.py` in ours would hide 
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "crvq_hf/__init__.py").read_text(), re.MULTILINE).group(1)
 DATASETS = "datasets>=3.0"  # for dataset="wikitext2" and "c4"
 GGUF = "gguf>=0.10"  # for --gguf-file
+
+
+class BuildLibrary(build_ext):
+    """Builds the CPU kernel as a plain shared library, loaded by name with ctypes: nothing in it is Python's."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return list(ext.export_symbols)
+
+
+# Optional: where there is no compiler the installation succeeds without it, and PyTorch code does its work.
+CPU_KERNEL = Extension(
+    "crvq_kernels.libcrvq_cpu",
+    sources=["kernels/crvq_kernels/cpu_kernel.c"],
+    extra_compile_args=["-std=gnu11", "-O3", "-pthread", "-fvisibility=hidden"],
+    extra_link_args=["-pthread"],
+    optional=True,
+)
 
 setup(
     name="crvq-hf",
@@ -24,6 +45,8 @@ setup(
     python_requires=">=3.10",
     packages=["crvq_hf", "crvq_kernels"],
     package_dir={"crvq_hf": "crvq_hf", "crvq_kernels": "kernels/crvq_kernels"},
+    ext_modules=[CPU_KERNEL],
+    cmdclass={"build_ext": BuildLibrary},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.17,<6",

@@ -6,12 +6,22 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from crvq_kernels import channel_index, implementation, linear, linear_ref, pack_codes
+from crvq_kernels import (
+    channel_index,
+    cpu,
+    implementation,
+    linear,
+    linear_ref,
+    pack_codes,
+    prefers_tiles,
+    tile_codes,
+)
 
 from .device import has_fast_bfloat16
 
 PACKAGES = ("crvq-hf", "torch", "transformers", "triton", "accelerate", "optimum", "safetensors", "datasets", "gguf")
 TOKEN_COUNTS = (1, 512)  # writing a text, reading one
+OUT_FEATURES = 192
 TOLERANCE = 1e-2  # relative RMS error of fp16 activations
 
 
@@ -27,6 +37,7 @@ def examine(device: torch.device) -> tuple[list[str], bool]:
     lines.append(f"{'device':<18} {device} ({name}), {torch.get_num_threads()} threads")
     found = importlib.util.find_spec("triton") is not None
     lines.append(f"{'triton':<18} {'found' if found else 'not found'}; it runs on CUDA devices only")
+    lines.append(f"{'cpu kernel':<18} {_cpu_kernel()}")
     lines.append(f"{'fast bfloat16':<18} {'yes' if has_fast_bfloat16(device.type) else 'no'}")
     well = True
     for count in TOKEN_COUNTS:
@@ -35,10 +46,22 @@ def examine(device: torch.device) -> tuple[list[str], bool]:
         well = well and agrees
         verdict = "agrees with the reference" if agrees else "DIFFERS from the reference"
         lines.append(
-            f"{f'kernel, {count} token' + 's' * (count > 1):<18} {implementation(device, count)}; "
+            f"{f'kernel, {count} token' + 's' * (count > 1):<18} {_path(device, count)}; "
             f"{verdict} (relative error {error:.1e})"
         )
     return lines, well
+
+
+def _path(device: torch.device, num_tokens: int) -> str:
+    """Names the code that runs a layer of `OUT_FEATURES` rows."""
+    return implementation(device, num_tokens, OUT_FEATURES, tiled=prefers_tiles(device))
+
+
+def _cpu_kernel() -> str:
+    """Returns which instruction set the compiled kernel uses, and why not a better one."""
+    library, reason = cpu.library(), cpu.why_not_better()
+    name = "none, PyTorch instead" if library is None else cpu.INSTRUCTIONS[library.level]
+    return f"{name}: {reason}" if reason else name
 
 
 def installed_version(package: str) -> str:
@@ -51,7 +74,7 @@ def installed_version(package: str) -> str:
 
 def _relative_error(device: torch.device, num_tokens: int) -> float:
     """Returns the relative RMS error of one random layer on `device` against the fp32 reference."""
-    in_features, out_features, in_group_size, nbits, num_codebooks, num_critical_groups = 256, 192, 8, 8, 4, 2
+    in_features, out_features, in_group_size, nbits, num_codebooks, num_critical_groups = 256, OUT_FEATURES, 8, 8, 4, 2
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(in_features, generator=generator).to(torch.int16)
     num_codes = len(channel_index(order, in_group_size, num_codebooks, num_critical_groups)) // in_group_size
@@ -61,6 +84,7 @@ def _relative_error(device: torch.device, num_tokens: int) -> float:
     x = torch.randn(num_tokens, in_features, generator=generator)
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     expected = linear_ref(x, codes, codebooks, scales, order, None, nbits, num_critical_groups)
+    codes = tile_codes(codes, nbits, num_codes) if prefers_tiles(device) else codes
     layer = [tensor.to(device) for tensor in (codes, codebooks, scales, order)]
     got = linear(x.to(device, dtype), *layer, None, nbits, num_critical_groups).float().cpu()
     return float((got - expected).norm() / expected.norm())

@@ -7,12 +7,16 @@ The one border between two vocabularies: checkpoints say `weight`, `weight_codeb
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import crvq_kernels
 import torch
 from torch import Tensor, nn
 
 from .quantized_weight import TENSOR_NAMES, LayerShape, QuantizedWeight
+
+# Arguments of the kernels.
+_IN_ORDER = ("weight", "weight_codebooks", "weight_scale", "weight_order", "bias")
 
 
 class CRVQLinear(nn.Linear):
@@ -26,7 +30,7 @@ class CRVQLinear(nn.Linear):
         nbits: e, bits per code.
         num_critical_groups: Gc.
         conv1d: whether this layer took the place of a transformers `Conv1D`; only dequantizing the model needs it.
-        weight: `[N, ceil(V*e/8)]`, uint8, packed codes.
+        weight: uint8, packed codes: as stored, `[N, ceil(V*e/8)]`, or tiled for the kernels, one-dimensional.
         weight_codebooks: `[1+E, C, d]`, float16.
         weight_scale: `[N]`, float16.
         weight_order: `[K]`, smallest integer dtype that fits.
@@ -54,6 +58,7 @@ class CRVQLinear(nn.Linear):
         self.nbits = nbits
         self.num_critical_groups = num_critical_groups
         self.conv1d = False
+        self._packed: crvq_kernels.CPULayer | None = None
         shape = LayerShape(
             in_features=in_features,
             out_features=out_features,
@@ -77,6 +82,50 @@ class CRVQLinear(nn.Linear):
         layer.bias = _frozen(bias)
         return layer
 
+    def tile_(self) -> CRVQLinear:
+        """Puts the codes into the layout that is fastest where they are; what is saved stays the same.
+
+        Layers whose tensors are moved for each forward by accelerate's hooks are left as they are stored.
+        """
+        if not (self.weight.is_meta or hasattr(self, "_hf_hook")):
+            tiled = crvq_kernels.prefers_tiles(self.weight.device)
+            if tiled != self._is_tiled:
+                weight = crvq_kernels.tile_codes(*self._codes()) if tiled else self._stored_weight()
+                self.weight = _frozen(weight)
+        return self
+
+    @property
+    def _is_tiled(self) -> bool:
+        return self.weight.dim() == 1
+
+    def _codes(self) -> tuple[Tensor, int, int]:
+        """Returns the codes as they are, bits per code, and the number of codes per row."""
+        num_codebooks, _, in_group_size = self.weight_codebooks.shape
+        num_codes = crvq_kernels.num_virtual_groups(
+            self.in_features, in_group_size, num_codebooks, self.num_critical_groups
+        )
+        return self.weight.detach(), self.nbits, num_codes
+
+    def _stored_weight(self) -> Tensor:
+        """Returns the codes as they are stored, `[N, ceil(V*e/8)]`."""
+        weight, nbits, num_codes = self._codes()
+        return crvq_kernels.untile_codes(weight, nbits, self.out_features, num_codes) if self._is_tiled else weight
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Saves the codes as they are stored, whatever their layout here."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._is_tiled:
+            destination[f"{prefix}weight"] = self._stored_weight()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Loads stored codes."""
+        tiled = self._is_tiled
+        if tiled:
+            self.weight = _frozen(self._stored_weight())
+        super()._load_from_state_dict(*args, **kwargs)
+        if tiled:
+            self.tile_()
+
     @classmethod
     def from_shape(
         cls, shape: LayerShape, *, bias: bool, bias_dtype: torch.dtype | None, device: torch.device | str | None
@@ -96,8 +145,8 @@ class CRVQLinear(nn.Linear):
         )
 
     def quantized_weight(self) -> QuantizedWeight:
-        """Returns the layer's tensors, shared and not copied, under their names in the algorithm."""
-        tensors = {name: getattr(self, name).detach() for name in TENSOR_NAMES}
+        """Returns the layer's tensors under their names in the algorithm; not copied, except tiled codes."""
+        tensors = {name: getattr(self, name).detach() for name in TENSOR_NAMES} | {"weight": self._stored_weight()}
         return QuantizedWeight.from_tensors(tensors, self.nbits, self.num_critical_groups)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -106,6 +155,8 @@ class CRVQLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `[..., N]` in the dtype of `input`, `[..., K]`."""
+        if input.is_cpu and crvq_kernels.is_plain(input, self.bias) and (layer := self._cpu_layer()) is not None:
+            return layer(input)
         return crvq_kernels.linear(
             input,
             self.weight,
@@ -117,8 +168,25 @@ class CRVQLinear(nn.Linear):
             self.num_critical_groups,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what is packed for the CPU kernel: it holds addresses."""
+        return self.__dict__ | {"_packed": None}
+
+    def _cpu_layer(self) -> crvq_kernels.CPULayer | None:
+        """Returns the layer packed for the CPU kernel, anew if a tensor has changed; None if it is not tiled."""
+        parameters = self._parameters
+        tensors = [parameters.get(name) for name in _IN_ORDER]
+        if self._packed is None or not self._packed.is_of(*tensors):
+            if tensors[0] is None or tensors[0].dim() != 1 or not crvq_kernels.prefers_tiles("cpu"):
+                return None
+            self._packed = crvq_kernels.CPULayer(*tensors, self.nbits, self.num_critical_groups)
+        return self._packed
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CRVQLinear:
-        """Moves the quantized tensors but never casts them: `model.to(torch.bfloat16)` casts only the bias."""
+        """Moves the quantized tensors but never casts them: `model.to(torch.bfloat16)` casts only the bias.
+
+        Codes that were tiled are laid out anew for the device they come to.
+        """
         bias = self.bias
         follows = [] if bias is None else [bias, bias.grad]
 
@@ -128,7 +196,8 @@ class CRVQLinear(nn.Linear):
             probe = fn(tensor.new_empty(1))
             return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        return self.tile_() if self._is_tiled else self
 
     def extra_repr(self) -> str:
         """Returns the numbers a reader of a printed model wants."""

@@ -105,6 +105,9 @@ class CRVQQuantizer(HfQuantizer):
         model.quantization_method = QUANT_METHOD
         model.hf_quantizer = self
         model._weight_conversions = []  # saved as it is: the conversions know nothing of codes
+        for module in model.modules():
+            if isinstance(module, CRVQLinear):
+                module.tile_()
         model.add_model_tags([QUANT_METHOD])
         self.is_compileable = not any(isinstance(module, UnfusedExperts) for module in model.modules())
 

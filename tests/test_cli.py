@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from crvq_kernels import cpu
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import TEXT, save_tiny
@@ -420,12 +421,21 @@ def test_an_interrupted_run_keeps_its_work_and_continues(dense, tmp_path, monkey
 # The machine
 
 
-def test_doctor_names_the_path_and_checks_it(capsys):
+@pytest.mark.parametrize("choice", [None, "torch", "scalar"])
+def test_doctor_names_the_path_and_checks_it(monkeypatch, capsys, choice):
+    if choice is not None:
+        monkeypatch.setenv("CRVQ_CPU", choice)
+    cpu.library.cache_clear()
+    if choice == "scalar" and not cpu.FILE.exists():
+        pytest.skip("no compiled kernel here")
     assert main(["doctor", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    for count in (1, 512):
-        assert f"{doctor.implementation('cpu', count)}; agrees with the reference" in printed
-    assert doctor.implementation("cpu", 1) != doctor.implementation("cpu", 512)
+    name = "torch" if cpu.library() is None else cpu.INSTRUCTIONS[cpu.library().level]
+    assert f"cpu ({name}): tables; agrees with the reference" in printed
+    if choice is not None:
+        assert f"cpu ({choice}): dequantize + matmul; agrees with the reference" in printed
+        assert re.search(rf"^cpu kernel +(scalar|none, PyTorch instead): CRVQ_CPU={choice}$", printed, re.MULTILINE)
+    cpu.library.cache_clear()
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", printed, re.MULTILINE)
     assert re.search(r"^fast bfloat16 +(yes|no)$", printed, re.MULTILINE)
 

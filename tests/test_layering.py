@@ -14,9 +14,12 @@ ORDER = {
     "crvq_kernels": [
         "packing",
         "reference",
+        "portable",
+        "cpu",
         "tuning",
         "decode",
         "gemv",
+        "gemm",
         "dequant",
         "ops",
         "__init__",

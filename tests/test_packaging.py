@@ -1,5 +1,6 @@
 """What is installed: the right files, importable from anywhere, without hiding Hugging Face's package `kernels`."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which(os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0])
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 # Run with -E and -S: the editable install of the environment that the tests run in would be found as well. For the
 # same reason the target comes first: both have a finder of the same name.
@@ -38,7 +40,7 @@ def source(tmp_path_factory) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in ("crvq_hf", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return copy
 
 
@@ -69,8 +71,20 @@ def test_wheel_holds_all_modules_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {f"crvq_hf/{path.name}" for path in (ROOT / "crvq_hf").glob("*.py")}
     modules |= {f"crvq_kernels/{path.name}" for path in (ROOT / "kernels/crvq_kernels").glob("*.py")}
-    assert {name for name in names if ".dist-info/" not in name} == modules
+    library = {"crvq_kernels/libcrvq_cpu.so"} if COMPILER else set()
+    assert {name for name in names if ".dist-info/" not in name} == modules | library
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_without_a_compiler_the_wheel_has_no_library(source, tmp_path):
+    """Nothing fails: PyTorch code does what the library would."""
+    (source / "build").is_dir() and shutil.rmtree(source / "build")
+    environment = {**os.environ, "CC": "/no/such/compiler"}
+    command = [*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    run(command, cwd=source, env=environment)
+    (file,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(file).namelist()
+    assert "crvq_kernels/cpu.py" in names and not any(name.endswith(".so") for name in names)
 
 
 def test_wheel_metadata(wheel):

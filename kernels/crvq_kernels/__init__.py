@@ -1,19 +1,36 @@
 """Kernels of the CRVQ linear layer: memory layout, reference, and PyTorch operators."""
 
-from .ops import dequantize, implementation, linear
-from .packing import channel_index, codebook_ids, num_virtual_groups, pack_codes, packed_width, unpack_codes
+from .cpu import Layer as CPULayer
+from .cpu import why_not_better
+from .ops import dequantize, implementation, is_plain, linear, prefers_tiles
+from .packing import (
+    channel_index,
+    codebook_ids,
+    num_virtual_groups,
+    pack_codes,
+    packed_width,
+    tile_codes,
+    unpack_codes,
+    untile_codes,
+)
 from .reference import dequantize_ref, linear_ref
 
 __all__ = [
+    "CPULayer",
     "channel_index",
     "codebook_ids",
     "dequantize",
     "dequantize_ref",
     "implementation",
+    "is_plain",
     "linear",
     "linear_ref",
     "num_virtual_groups",
     "pack_codes",
     "packed_width",
+    "prefers_tiles",
+    "tile_codes",
     "unpack_codes",
+    "untile_codes",
+    "why_not_better",
 ]

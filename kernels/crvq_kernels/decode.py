@@ -1,50 +1,65 @@
-"""Reading codes and codebook rows inside a Triton kernel; shared by the kernels."""
+"""Reading tiled codes inside a Triton kernel; shared by the kernels that gather codebook rows.
+
+All tensors here are written as threads would hold them: one entry per thread along the axis `T`, a few registers along
+the other. A thread owns one virtual group of one tile and up to 16 of its output rows, which lie side by side.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def load_codes(codes_ptr, rows, groups, mask, row_bytes, NBITS: tl.constexpr, CODE_BYTES: tl.constexpr):
-    """Reads codes from the little-endian bit stream of their rows.
+def load_code_words(tiles_ptr, high_start, cells, first_rows, mask, ROWS: tl.constexpr, HIGH_BITS: tl.constexpr):
+    """Reads what `unpack_codes` makes codes of.
 
     Args:
-        codes_ptr: uint8, `row_bytes` bytes per row.
-        rows: `[BLOCK_N]`, int64.
-        groups: `[BLOCK_G]`, int32, virtual groups.
-        mask: `[BLOCK_N, BLOCK_G]`; codes outside read as 0.
-        NBITS: bits per code.
-        CODE_BYTES: most bytes a code can touch, see `packing.code_span`.
+        tiles_ptr: uint8, the tiled layout of `packing`, aligned to 16 bytes.
+        high_start: bytes before the high plane.
+        cells: `[T]`, int32, number of the 16 codes: `tile * TILE_GROUPS + group % TILE_GROUPS`.
+        first_rows: `[T]`, int32, the first row in its tile, a multiple of `ROWS`.
+        mask: `[T]`; words outside read as 0.
+        ROWS: rows per thread, 4, 8 or 16.
+        HIGH_BITS: bits per code in the high plane.
 
     Returns:
-        `[BLOCK_N, BLOCK_G]`, int32.
+        `[T, ROWS / 4]`, int32, four low bytes each; and `[T]`, the high bits of all 16 rows, unspecified without any.
     """
-    first_bit = groups * NBITS
-    first_byte = first_bit >> 3
-    ptrs = codes_ptr + rows[:, None] * row_bytes + first_byte[None, :]
-    # The cast comes first: uint8 arithmetic wraps at 8 bits.
-    codes = tl.load(ptrs, mask=mask, other=0).to(tl.int32)
-    for byte in tl.static_range(1, CODE_BYTES):
-        in_row = (first_byte + byte < row_bytes)[None, :]
-        codes |= tl.load(ptrs + byte, mask=mask & in_row, other=0).to(tl.int32) << (8 * byte)
-    if NBITS != 8:
-        codes = (codes >> (first_bit & 7)[None, :]) & ((1 << NBITS) - 1)
-    return codes
+    low_ptr = tiles_ptr.to(tl.pointer_type(tl.int32))
+    words = (cells * 4 + first_rows // 4)[:, None] + tl.arange(0, ROWS // 4)[None, :]
+    low = tl.load(low_ptr + words, mask=mask[:, None], other=0)
+    high = cells
+    if HIGH_BITS == 1:
+        high = tl.load((tiles_ptr + high_start).to(tl.pointer_type(tl.uint16)) + cells, mask=mask, other=0)
+    elif HIGH_BITS == 2:
+        high = tl.load((tiles_ptr + high_start).to(tl.pointer_type(tl.uint32)) + cells, mask=mask, other=0)
+    elif HIGH_BITS == 4:
+        high = tl.load((tiles_ptr + high_start).to(tl.pointer_type(tl.uint64)) + cells, mask=mask, other=0)
+    return low, high
 
 
 @triton.jit
-def load_vectors(codebooks_ptr, codebook_ids, codes, mask, codebook_size, GROUP: tl.constexpr):
-    """Gathers the codebook row of every code.
+def unpack_codes(low, high, first_rows, THREADS: tl.constexpr, ROWS: tl.constexpr, HIGH_BITS: tl.constexpr):
+    """Returns the codes of words from `load_code_words`: `[ROWS, T]`, int32."""
+    codes = (low[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]) & 255
+    codes = tl.reshape(codes, (THREADS, ROWS))
+    if HIGH_BITS > 0:
+        shifts = (first_rows[:, None] + tl.arange(0, ROWS)[None, :]) * HIGH_BITS
+        bits = (high[:, None] >> shifts.to(high.dtype)).to(tl.int32) & ((1 << HIGH_BITS) - 1)
+        codes |= bits << 8
+    return tl.trans(codes)
+
+
+@triton.jit
+def load_pieces(codebooks_ptr, vectors, THREADS: tl.constexpr, GROUP: tl.constexpr, PIECE: tl.constexpr):
+    """Gathers codebook rows in pieces of at most 16 bytes of fp16, each read by one thread.
 
     Args:
         codebooks_ptr: `[num_codebooks, codebook_size, GROUP]`, contiguous.
-        codebook_ids: int32, shape broadcastable to that of `codes`.
-        codes: `[BLOCK_N, BLOCK_G]`, int32.
-        mask: shape broadcastable to that of `codes`; vectors outside read as 0.
+        vectors: `[ROWS, T]`, int32, which row of the flattened codebooks.
 
     Returns:
-        `[BLOCK_N, BLOCK_G, GROUP]`, float32.
+        `[GROUP / PIECE * ROWS * T, PIECE]`, in the dtype of the codebooks; the piece is the slowest part of axis 0.
     """
-    element = (codebook_ids * codebook_size + codes) * GROUP
-    ptrs = codebooks_ptr + element[:, :, None] + tl.arange(0, GROUP)[None, None, :]
-    return tl.load(ptrs, mask=mask[:, :, None], other=0.0).to(tl.float32)
+    first = vectors[None, :, :] * GROUP + (tl.arange(0, GROUP // PIECE) * PIECE)[:, None, None]
+    first = tl.multiple_of(tl.reshape(first, (GROUP // PIECE * vectors.shape[0] * THREADS,)), PIECE)
+    return tl.load(codebooks_ptr + first[:, None] + tl.arange(0, PIECE)[None, :])

@@ -1,19 +1,120 @@
-"""Decode kernel: a CRVQ linear layer for a handful of tokens, straight from the packed codes."""
+"""Decode kernel: a CRVQ linear layer for one or two tokens, with a table lookup for every code.
+
+All output rows multiply the same `x`, so a slice of virtual groups needs only the products of `x` with every codebook
+row: a table, from which each output row then sums one entry per code. See "`gemv`" in `kernels/README.md`.
+"""
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import load_codes, load_vectors
-from .packing import code_span, num_virtual_groups
+from .packing import ROW_MULTIPLE, TILE_GROUPS, TILE_ROWS, num_virtual_groups
 from .tuning import NUM_STAGES, gemv_blocks
+
+GROUPS = tl.constexpr(TILE_GROUPS)
+ROWS = tl.constexpr(TILE_ROWS)
+WORDS = tl.constexpr(TILE_GROUPS * TILE_ROWS // 4)
+_SUM_BLOCK, _SUM_WARPS = 128, 4
+_HALF_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@triton.jit
+def load_x(
+    x_ptr,
+    order_ptr,
+    first_group,
+    book,
+    num_groups,
+    num_critical_groups,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    """Gathers what one token multiplies with codebook `book` in the slice of groups that starts at `first_group`.
+
+    Returns:
+        `[GROUPS / PARTS, PARTS * WIDTH]`, FACTOR: row `r` holds the groups `r`, `r + GROUPS / PARTS` and so on, each
+        repeated to fill WIDTH columns; 0 where a group has another codebook or lies past the last one.
+    """
+    column = tl.arange(0, PARTS * WIDTH)[None, :]
+    groups = first_group + tl.arange(0, GROUPS // PARTS)[:, None] + column // WIDTH * (GROUPS // PARTS)
+    # The groups of codebook b > 0 follow the base groups; they repeat the critical groups from the first one on.
+    source = groups if book == 0 else groups - num_groups - (book - 1) * num_critical_groups
+    length = num_groups if book == 0 else num_critical_groups
+    mask = (source >= 0) & (source < length)
+    channels = tl.load(order_ptr + source * GROUP + column % GROUP, mask=mask, other=0).to(tl.int32)
+    return tl.load(x_ptr + channels, mask=mask, other=0.0).to(FACTOR)
+
+
+@triton.jit
+def load_codebook(
+    codebooks_ptr,
+    book,
+    codebook_size,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    CODES: tl.constexpr,
+    FACTOR: tl.constexpr,
+):
+    """Reads a codebook once for each part of a slice.
+
+    Returns:
+        `[PARTS * WIDTH, PARTS * CODES]`, FACTOR: column `2 * (PARTS * i + part) + j` holds codebook row `2 * i + j`
+        among the WIDTH rows of that part, and 0 elsewhere.
+    """
+    SHARE: tl.constexpr = WIDTH // GROUP  # codebook rows that are read together
+    k = tl.arange(0, PARTS * WIDTH)[:, None]
+    column = tl.arange(0, PARTS * CODES)[None, :]
+    code = column // (2 * PARTS) * 2 + column % 2
+    element = code // SHARE * WIDTH + k % WIDTH
+    mask = (k // WIDTH == column // 2 % PARTS) & (element < codebook_size * GROUP)
+    vectors = tl.load(codebooks_ptr + book * codebook_size * GROUP + element, mask=mask, other=0.0)
+    if SHARE > 1:
+        vectors = tl.where(k % WIDTH // GROUP == code % SHARE, vectors, 0.0)
+    return vectors.to(FACTOR)
+
+
+@triton.jit
+def flatten_table(products, CODES: tl.constexpr, PARTS: tl.constexpr):
+    """Turns the products of `load_x` and `load_codebook` into a table `[CODES * GROUPS]`, group fastest."""
+    products = tl.reshape(products, (GROUPS // PARTS, CODES // 2, PARTS, 2))  # row, i, part, j
+    return tl.reshape(tl.permute(products, (1, 3, 2, 0)), (CODES * GROUPS,))
+
+
+@triton.jit
+def sum_over_groups(partial, BLOCK_N: tl.constexpr):
+    """Sums `[BLOCK_N * GROUPS]`, in the order of tiled codes, over the groups; returns `[BLOCK_N]`.
+
+    Groups lie across the lanes of a warp. Through shared memory each thread gets all groups of its rows, starting at
+    another group than its neighbours so that they read from different banks.
+    """
+    SIZE: tl.constexpr = BLOCK_N * GROUPS
+    partial = tl.permute(tl.reshape(partial, (BLOCK_N // ROWS, GROUPS, ROWS)), (0, 2, 1))
+    row = tl.arange(0, BLOCK_N)[None, :]
+    position = row * GROUPS + (tl.arange(0, GROUPS)[:, None] + row) % GROUPS
+    values = tl.gather(tl.reshape(partial, (SIZE,)), tl.reshape(position, (SIZE,)), axis=0)
+    return tl.sum(tl.reshape(values, (GROUPS, BLOCK_N)), axis=0)
+
+
+@triton.jit
+def store_rows(y_ptr, y, scales_ptr, bias_ptr, rows, mask, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr):
+    """Stores `[BLOCK_N]` sums of one token; scaled and with bias, unless they are one of several partial sums."""
+    if not SPLIT:
+        y *= tl.load(scales_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + rows, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def gemv_kernel(
     x_ptr,
-    codes_ptr,
+    tiles_ptr,
     codebooks_ptr,
     scales_ptr,
     order_ptr,
@@ -22,77 +123,147 @@ def gemv_kernel(
     M,
     N,
     K,
-    row_bytes,
+    row_tiles,
     codebook_size,
     num_groups,
     num_virtual_groups,
     num_critical_groups,
+    slices_per_program,
     GROUP: tl.constexpr,
-    NBITS: tl.constexpr,
-    CODE_BYTES: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FACTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr,
 ):
-    """Computes `y[M, N]` for one tile of tokens and output rows, summing over all virtual groups in fp32.
+    """Computes BLOCK_M (1 or 2) tokens of BLOCK_N output rows, over `slices_per_program` slices of GROUPS groups.
 
-    x: `[M, K]`, codes: `[N, row_bytes]`, codebooks: `[num_codebooks, codebook_size, GROUP]`, scales and bias: `[N]`,
-    order: `[K]`; all contiguous. `num_critical_groups` must be at least 1, also where no group is critical.
+    x: `[M, K]`, tiles: `[slices, row_tiles, GROUPS, ROWS]` uint8, codebooks: `[num_codebooks, codebook_size, GROUP]`,
+    scales and bias: `[N]`, order: `[K]`; all contiguous. y: `[M, N]`, or with SPLIT `[splits, M, N]` fp32, sums
+    without scale and bias. `num_critical_groups` must be at least 1, also where no group is critical.
+
+    CODES: 2 to the number of bits, at least 16, at most 256. FACTORS: see `dot_factors`.
     """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = rows < N
-    token_mask = tokens < M
-    lane = tl.arange(0, GROUP)
+    HALF_TYPE: tl.constexpr = tl.float16 if FACTORS == "fp16" else tl.bfloat16
+    FACTOR: tl.constexpr = HALF_TYPE if FACTORS == "fp16" or FACTORS == "bf16" else tl.float32
+    PRECISION: tl.constexpr = "tf32" if FACTORS == "tf32" else "ieee"
+    WIDTH: tl.constexpr = 8 if GROUP < 8 else GROUP  # two groups fill the 16 columns that tl.dot needs
+    PARTS: tl.constexpr = 1 if GROUP == 16 and FACTOR == tl.float32 else 2
+    SIZE: tl.constexpr = BLOCK_N * GROUPS
+    first_tile = tl.program_id(0) * (BLOCK_N // ROWS)
+    token = tl.program_id(2).to(tl.int64) * BLOCK_M
+    second = tl.minimum(token + 1, M - 1)  # of an odd M, the last token is computed and stored twice
+    num_slices = tl.cdiv(num_virtual_groups, GROUPS)
+    first_slice = tl.program_id(1) * slices_per_program
+    end_slice = tl.minimum(first_slice + slices_per_program, num_slices)
 
-    if BLOCK_M == 1:
-        partial = tl.zeros([BLOCK_N, BLOCK_G], dtype=tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(0, num_virtual_groups, BLOCK_G):
-        groups = start + tl.arange(0, BLOCK_G)
-        group_mask = groups < num_virtual_groups
-        past_base = groups - num_groups
-        extended = past_base >= 0
-        source = tl.where(extended, past_base % num_critical_groups, groups)
-        codebook_ids = tl.where(extended, 1 + past_base // num_critical_groups, 0)
+    # Four codes to a word, so that those of the next slice wait in few registers.
+    word = tl.arange(0, SIZE // 4)
+    word_mask = word < (row_tiles - first_tile) * WORDS
+    words_ptr = tiles_ptr.to(tl.pointer_type(tl.int32)) + first_tile.to(tl.int64) * WORDS + word
+    slice_words = row_tiles.to(tl.int64) * WORDS
+    group = tl.arange(0, SIZE) // ROWS % GROUPS
 
-        codes = load_codes(
-            codes_ptr, rows, groups, row_mask[:, None] & group_mask[None, :], row_bytes, NBITS, CODE_BYTES
-        )
-        vectors = load_vectors(
-            codebooks_ptr, codebook_ids[None, :], codes, group_mask[None, :], codebook_size, GROUP
-        )  # [BLOCK_N, BLOCK_G, GROUP]
-        positions = source[:, None] * GROUP + lane[None, :]
-        channels = tl.load(order_ptr + positions, mask=group_mask[:, None], other=0).to(tl.int32)  # [BLOCK_G, GROUP]
-        if BLOCK_M == 1:
-            x = tl.load(x_ptr + tl.program_id(1).to(tl.int64) * K + channels, mask=group_mask[:, None], other=0.0)
-            partial += tl.sum(vectors * x.to(tl.float32)[None, :, :], axis=2)
-        else:
-            x = tl.load(
-                x_ptr + tokens[:, None, None] * K + channels[None, :, :],
-                mask=token_mask[:, None, None] & group_mask[None, :, None],
-                other=0.0,
+    x0_ptr = x_ptr + token * K
+    x1_ptr = x_ptr + second * K
+    base = load_codebook(codebooks_ptr, 0, codebook_size, GROUP, WIDTH, PARTS, CODES, FACTOR)
+    start = first_slice * GROUPS
+    next_words = tl.load(words_ptr + first_slice * slice_words, mask=word_mask, other=0)
+    next_x0 = load_x(x0_ptr, order_ptr, start, 0, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR)
+    next_x1 = next_x0
+    if BLOCK_M == 2:
+        next_x1 = load_x(x1_ptr, order_ptr, start, 0, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR)
+    partial0 = tl.zeros([SIZE], dtype=tl.float32)
+    partial1 = tl.zeros([SIZE], dtype=tl.float32)
+    for index in range(first_slice, end_slice):
+        words = next_words
+        x0 = next_x0
+        x1 = next_x1
+        start = index * GROUPS
+        if index + 1 < end_slice:
+            # Loaded one slice ahead: a program has too few warps to wait for memory in every slice.
+            next_words = tl.load(words_ptr + (index + 1) * slice_words, mask=word_mask, other=0)
+            next_x0 = load_x(
+                x0_ptr, order_ptr, start + GROUPS, 0, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR
             )
-            x = tl.reshape(x.to(tl.float32), (BLOCK_M, BLOCK_G * GROUP))
-            weight = tl.reshape(vectors, (BLOCK_N, BLOCK_G * GROUP))
-            acc += tl.dot(x, tl.trans(weight), input_precision=PRECISION)
+            if BLOCK_M == 2:
+                next_x1 = load_x(
+                    x1_ptr, order_ptr, start + GROUPS, 0, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR
+                )
 
-    scales = tl.load(scales_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)
-    if BLOCK_M == 1:
-        acc = tl.sum(partial, axis=1)[None, :]
-    y = acc * scales[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[None, :]
-    y_ptrs = y_ptr + tokens[:, None] * N + rows[None, :]
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=token_mask[:, None] & row_mask[None, :])
+        products0 = tl.dot(x0, base, input_precision=PRECISION)
+        if BLOCK_M == 2:
+            products1 = tl.dot(x1, base, input_precision=PRECISION)
+        end = tl.minimum(start + GROUPS, num_virtual_groups) - num_groups
+        if end > 0:
+            first_book = 1 + tl.maximum(start - num_groups, 0) // num_critical_groups
+            end_book = 2 + (end - 1) // num_critical_groups
+            for book in range(first_book, end_book):
+                codebook = load_codebook(codebooks_ptr, book, codebook_size, GROUP, WIDTH, PARTS, CODES, FACTOR)
+                x0 = load_x(
+                    x0_ptr, order_ptr, start, book, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR
+                )
+                products0 = tl.dot(x0, codebook, acc=products0, input_precision=PRECISION)
+                if BLOCK_M == 2:
+                    x1 = load_x(
+                        x1_ptr, order_ptr, start, book, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR
+                    )
+                    products1 = tl.dot(x1, codebook, acc=products1, input_precision=PRECISION)
+
+        low = tl.join(words & 255, words >> 16 & 255)
+        high = tl.join(words >> 8 & 255, words >> 24 & 255)
+        codes = tl.reshape(tl.join(low, high), (SIZE,))  # bytes 0, 1, 2, 3 of each word
+        entry = codes * GROUPS + group
+        partial0 += tl.gather(flatten_table(products0, CODES, PARTS), entry, axis=0)
+        if BLOCK_M == 2:
+            partial1 += tl.gather(flatten_table(products1, CODES, PARTS), entry, axis=0)
+
+    rows = first_tile * ROWS + tl.arange(0, BLOCK_N)
+    row_mask = rows < N
+    y_ptr += tl.program_id(1).to(tl.int64) * M * N
+    store_rows(
+        y_ptr + token * N, sum_over_groups(partial0, BLOCK_N), scales_ptr, bias_ptr, rows, row_mask, HAS_BIAS, SPLIT
+    )
+    if BLOCK_M == 2:
+        store_rows(
+            y_ptr + second * N,
+            sum_over_groups(partial1, BLOCK_N),
+            scales_ptr,
+            bias_ptr,
+            rows,
+            row_mask,
+            HAS_BIAS,
+            SPLIT,
+        )
+
+
+@triton.jit
+def sum_splits_kernel(
+    partial_ptr,
+    scales_ptr,
+    bias_ptr,
+    y_ptr,
+    N,
+    num_splits,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Adds up the partial sums of one token: partial `[num_splits, M, N]` fp32, scales, bias `[N]`, y `[M, N]`."""
+    token = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < N
+    splits = tl.arange(0, BLOCK_S)[:, None]
+    ptrs = partial_ptr + (splits.to(tl.int64) * tl.num_programs(1) + token) * N + rows[None, :]
+    partial = tl.load(ptrs, mask=(splits < num_splits) & row_mask[None, :], other=0.0)
+    y = tl.sum(partial, axis=0)
+    store_rows(y_ptr + token * N, y, scales_ptr, bias_ptr, rows, row_mask, HAS_BIAS, False)
 
 
 def gemv(
     x: Tensor,
-    codes: Tensor,
+    tiles: Tensor,
     codebooks: Tensor,
     scales: Tensor,
     channel_order: Tensor,
@@ -100,44 +271,85 @@ def gemv(
     nbits: int,
     num_critical_groups: int,
 ) -> Tensor:
-    """Launches the decode kernel; arguments as in `reference.linear_ref`, but `x` is `[M, K]` with `M >= 1`.
+    """Launches the decode kernel; arguments as in `reference.linear_ref`, but with tiled codes.
+
+    Args:
+        x: `[M, K]`, `M >= 1`; made for M of 1 and 2, correct for more.
+        tiles: `[tiled_size(N, V, nbits)]`, uint8, see `packing.tile_codes`; aligned to 16 bytes to be fast.
+        codebooks: `[num_codebooks, C, d]` with `C <= 256`.
 
     Returns:
         `[M, N]`, in the dtype of `x`.
     """
     num_tokens, in_features = x.shape
-    out_features, row_bytes = codes.shape
+    out_features = scales.numel()
     num_codebooks, codebook_size, in_group_size = codebooks.shape
-    blocks = gemv_blocks(num_tokens, in_group_size)
-    # tf32 holds every fp16 and bf16 value exactly; only an fp32 `x` needs full fp32 products.
-    exact = x.dtype == torch.float32 or torch.version.hip is not None
+    num_codes = num_virtual_groups(in_features, in_group_size, num_codebooks, num_critical_groups)
+    num_slices = triton.cdiv(num_codes, TILE_GROUPS)
+    factors = dot_factors(x.dtype, codebooks.dtype)
+    blocks = gemv_blocks(num_tokens, out_features, num_slices, _num_processors(x.device), factors)
+    scales = scales.contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(out_features, blocks.rows), triton.cdiv(num_tokens, blocks.tokens))
+    split = blocks.splits > 1
+    sums = torch.empty(blocks.splits, *y.shape, dtype=torch.float32, device=x.device) if split else y
+    grid = (triton.cdiv(out_features, blocks.rows), blocks.splits, triton.cdiv(num_tokens, blocks.tokens))
     gemv_kernel[grid](
         x.contiguous(),
-        codes.contiguous(),
+        tiles.contiguous(),
         codebooks.contiguous(),
-        scales.contiguous(),
+        scales,
         channel_order.contiguous(),
-        None if bias is None else bias.contiguous(),
-        y,
+        bias,
+        sums,
         num_tokens,
         out_features,
         in_features,
-        row_bytes,
+        triton.cdiv(out_features, ROW_MULTIPLE) * ROW_MULTIPLE // TILE_ROWS,
         codebook_size,
         in_features // in_group_size,
-        num_virtual_groups(in_features, in_group_size, num_codebooks, num_critical_groups),
+        num_codes,
         max(num_critical_groups, 1),
+        blocks.slices_per_program,
         GROUP=in_group_size,
-        NBITS=nbits,
-        CODE_BYTES=code_span(nbits),
+        CODES=min(2**nbits, 256),  # the high plane of more bits is 0 for a codebook of up to 256
         HAS_BIAS=bias is not None,
-        PRECISION="ieee" if exact else "tf32",
+        SPLIT=split,
+        FACTORS=factors,
         BLOCK_M=blocks.tokens,
         BLOCK_N=blocks.rows,
-        BLOCK_G=blocks.groups,
         num_warps=blocks.num_warps,
         num_stages=NUM_STAGES,
     )
+    if split:
+        sum_splits_kernel[triton.cdiv(out_features, _SUM_BLOCK), num_tokens](
+            sums,
+            scales,
+            bias,
+            y,
+            out_features,
+            blocks.splits,
+            HAS_BIAS=bias is not None,
+            BLOCK_S=triton.next_power_of_2(blocks.splits),
+            BLOCK_N=_SUM_BLOCK,
+            num_warps=_SUM_WARPS,
+            num_stages=NUM_STAGES,
+        )
     return y
+
+
+def dot_factors(x_dtype: torch.dtype, codebook_dtype: torch.dtype) -> str:
+    """Names factors of `tl.dot` that hold both types without rounding: "fp16", "bf16", "tf32" or "fp32".
+
+    Two equal 16-bit types stay as they are. tf32 holds the values of both, so it serves when they differ, except on
+    AMD, which has fp32 matrix instructions.
+    """
+    # The interpreter multiplies bf16 as integers, so there it is widened.
+    if x_dtype == codebook_dtype and x_dtype in _HALF_TYPES and not triton.knobs.runtime.interpret:
+        return _HALF_TYPES[x_dtype]
+    return "fp32" if torch.version.hip is not None or torch.float32 in (x_dtype, codebook_dtype) else "tf32"
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -1,7 +1,8 @@
 """PyTorch operators `crvq::linear` and `crvq::dequantize`: schema, checks, implementations, gradient.
 
-Both are opaque to `torch.compile` and depend on nothing but their arguments: nothing is cached. Triton is imported
-when a CUDA tensor first needs it; everywhere else PyTorch does the work.
+Both are opaque to `torch.compile` and depend on nothing but their arguments: nothing is cached. Codes come as they are
+stored, or tiled, as the kernels read them; a model tiles them once when it is loaded. Triton is imported when a CUDA
+tensor first needs it; on a CPU the compiled kernel runs, everywhere else PyTorch.
 """
 
 import functools
@@ -12,32 +13,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import channel_index, num_virtual_groups, packed_width, unpack_codes
+from . import cpu, portable
+from .packing import num_virtual_groups, packed_width, tile_codes, tiled_size, untile_codes
 
 logger = logging.getLogger("crvq")
 
-_GEMV_MAX_TOKENS = 16
-# Lookup tables take num_tokens * codebook_size multiply-adds per channel: beyond about this, dequantizing is faster.
-_LOOKUP_MAX_TOKENS = 8
-_LOOKUP_MAX_PRODUCTS = 8 * 256
-# Codes per step of the PyTorch loops over rows, so that intermediate results stay in cache.
-_CODES_PER_STEP = 2**17
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def implementation(device: torch.device | str, num_tokens: int, codebook_size: int = 256) -> str:
-    """Names the code that `linear` runs for `num_tokens` rows of `x` on `device`.
+def prefers_tiles(device: torch.device | str) -> bool:
+    """Returns whether layers on `device` run from tiled codes; stored ones would be slower."""
+    device = torch.device(device)
+    return _uses_triton(device) or (device.type == "cpu" and cpu.library() is not None)
+
+
+def implementation(
+    device: torch.device | str,
+    num_tokens: int,
+    out_features: int = 4096,
+    codebook_size: int = 256,
+    nbits: int = 8,
+    dtype: torch.dtype = torch.float32,
+    tiled: bool = True,
+) -> str:
+    """Names the code that `linear` runs for `num_tokens` rows of `x`, of type `dtype`, on `device`.
 
     Returns:
-        One of "triton: gemv", "triton: dequantize + matmul", "cpu: lookup tables" and
-        "<device type>: dequantize + matmul".
+        "triton: " and "gemv", "gemm" or "dequantize + matmul"; or "cpu (<instructions>): " and "tables" or
+        "dequantize + matmul"; or "<device type> (torch): " and one of these two.
     """
     device = torch.device(device)
     if _uses_triton(device):
-        return "triton: gemv" if num_tokens <= _GEMV_MAX_TOKENS else "triton: dequantize + matmul"
-    kind = device.type
-    few = num_tokens <= _LOOKUP_MAX_TOKENS and num_tokens * codebook_size <= _LOOKUP_MAX_PRODUCTS
-    return "cpu: lookup tables" if kind == "cpu" and few else f"{kind}: dequantize + matmul"
+        from .tuning import kernel_for
+
+        return f"triton: {kernel_for(num_tokens, out_features, codebook_size)}"
+    if device.type == "cpu" and tiled and cpu.library() is not None:
+        way = "tables" if cpu.uses_tables(num_tokens, out_features, nbits, dtype) else "dequantize + matmul"
+        return f"cpu ({cpu.INSTRUCTIONS[cpu.library().level]}): {way}"
+    way = "tables" if portable.uses_tables(device, num_tokens, codebook_size) else "dequantize + matmul"
+    return f"{device.type} (torch): {way}"
 
 
 def linear(
@@ -54,7 +68,7 @@ def linear(
 
     Args:
         x: `[..., K]`, fp32, fp16 or bf16, any strides; may be empty.
-        codes: `[N, packed_width(V, nbits)]`, uint8, see `packing`.
+        codes: uint8, see `packing`: stored, `[N, packed_width(V, nbits)]`, or tiled, `[tiled_size(N, V, nbits)]`.
         codebooks: `[num_codebooks, C, d]`, floating, base codebook first; `C <= 2**nbits`.
         scales: `[N]`, floating, one factor per output row.
         channel_order: `[K]`, integer, new to old; critical channels first.
@@ -104,118 +118,107 @@ def _log_once(name: str) -> None:
     logger.info("CRVQ linear layers run as '%s'", name)
 
 
+def is_plain(x: Tensor, *trainable: Tensor | None) -> bool:
+    """Returns whether the dispatcher would end up calling the kernel with these tensors, and do nothing else.
+
+    It takes as long as a small layer on a CPU, so `CRVQLinear` calls `cpu.Layer` itself where this holds: no tracing,
+    no subclass of tensors, nothing to differentiate.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(tensor is not None and tensor.requires_grad for tensor in (x, *trainable))
+
+
 def _linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critical_groups):
     _check_linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critical_groups)
-    layer = (codes, codebooks, scales, channel_order)
+    shape = (*x.shape[:-1], scales.shape[0])
     tokens = x.reshape(-1, x.shape[-1])
-    shape = (*x.shape[:-1], codes.shape[0])
     if tokens.shape[0] == 0:
         return x.new_empty(shape)
-    name = implementation(x.device, tokens.shape[0], codebooks.shape[1])
+    name = implementation(
+        x.device, tokens.shape[0], scales.shape[0], codebooks.shape[1], nbits, x.dtype, codes.dim() == 1
+    )
     _log_once(name)
-    if name == "triton: gemv":
-        from .gemv import gemv
-
-        with torch.cuda.device_of(x):
-            y = gemv(tokens, *layer, bias, nbits, num_critical_groups)
-    elif name == "triton: dequantize + matmul":
-        weight = _dequantize_triton(*layer, nbits, num_critical_groups, x.dtype, permuted=True)
-        y = F.linear(tokens.index_select(1, channel_order.int()), weight, None if bias is None else bias.to(x.dtype))
+    layer = (codes, codebooks, scales, channel_order)
+    constants = (nbits, num_critical_groups)
+    if name.startswith("triton"):
+        y = _linear_triton(name, tokens, _tiled(layer, *constants), bias, *constants)
+    elif "(torch)" in name:
+        layer = _stored(layer, *constants)
+        run = portable.lookup_linear if name.endswith("tables") else portable.dequantize_linear
+        y = run(tokens.float(), *layer, *constants)
+        y = (y if bias is None else y.add_(bias)).to(x.dtype)
     else:
-        run = _lookup_linear if name == "cpu: lookup tables" else _dequantize_linear
-        y = run(tokens.float(), *layer, nbits, num_critical_groups)
-        if bias is not None:
-            y += bias
-        y = y.to(x.dtype)
+        y = _cpu_layer(layer, bias, *constants)(tokens)
     return y.view(shape)
+
+
+def _linear_triton(name, tokens, layer, bias, nbits, num_critical_groups):
+    constants = (nbits, num_critical_groups)
+    with torch.cuda.device_of(tokens):
+        if name == "triton: gemv":
+            from .gemv import gemv
+
+            return gemv(tokens, *layer, bias, *constants)
+        if name == "triton: gemm":
+            from .gemm import gemm
+
+            return gemm(tokens, *layer, bias, *constants)
+        from .dequant import dequantize_weight
+
+        weight = dequantize_weight(*layer, *constants, tokens.dtype, permuted=True)
+        channel_order = layer[3].int()
+        return F.linear(tokens.index_select(1, channel_order), weight, None if bias is None else bias.to(tokens.dtype))
 
 
 def _dequantize(codes, codebooks, scales, channel_order, nbits, num_critical_groups, dtype):
     _check_layer(codes, codebooks, scales, channel_order, nbits, num_critical_groups)
     _check_dtype("dtype", dtype)
-    if _uses_triton(codes.device):
-        layer = (codes, codebooks, scales, channel_order)
-        return _dequantize_triton(*layer, nbits, num_critical_groups, dtype, permuted=False)
-    inverse_order = torch.empty_like(channel_order, dtype=torch.int32)
-    inverse_order[channel_order.long()] = torch.arange(len(channel_order), dtype=torch.int32, device=codes.device)
-    weight = torch.empty(codes.shape[0], len(channel_order), dtype=dtype, device=codes.device)
-    for rows, block in _dequantized_rows(codes, codebooks, len(channel_order), nbits, num_critical_groups):
-        block *= scales[rows, None]
-        weight[rows] = block.index_select(1, inverse_order)
-    return weight
-
-
-def _dequantize_triton(codes, codebooks, scales, channel_order, nbits, num_critical_groups, dtype, permuted):
-    from .dequant import dequantize_weight
-
     layer = (codes, codebooks, scales, channel_order)
-    with torch.cuda.device_of(codes):
-        return dequantize_weight(*layer, nbits, num_critical_groups, dtype, permuted)
+    constants = (nbits, num_critical_groups)
+    if _uses_triton(codes.device):
+        from .dequant import dequantize_weight
+
+        with torch.cuda.device_of(codes):
+            return dequantize_weight(*_tiled(layer, *constants), *constants, dtype, permuted=False)
+    if codes.device.type == "cpu" and codes.dim() == 1 and cpu.library() is not None:
+        return _cpu_layer(layer, None, *constants).dequantize(dtype)
+    return portable.dequantize(*_stored(layer, *constants), *constants, dtype)
 
 
-def _row_steps(num_rows: int, codes_per_row: int):
-    """Yields slices of rows that hold about `_CODES_PER_STEP` codes each."""
-    step = max(1, _CODES_PER_STEP // max(1, codes_per_row))
-    for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
+def _cpu_layer(layer, bias, nbits, num_critical_groups):
+    """Returns a layer for the compiled kernel, with the dtypes and strides it reads."""
+    codes, codebooks, scales, channel_order = layer
+    floats = [codebooks, scales] if bias is None else [codebooks, scales, bias]
+    floats = [(t if t.dtype in _FLOAT_DTYPES else t.float()).contiguous() for t in floats]
+    bias = None if bias is None else floats[2]
+    return cpu.Layer(codes.contiguous(), *floats[:2], channel_order.contiguous(), bias, nbits, num_critical_groups)
 
 
-def _dequantized_rows(codes, codebooks, in_features, nbits, num_critical_groups):
-    """Yields `(rows, block)`: a slice of rows and their unscaled weight `[rows, K]`, fp32, in the channel order."""
-    num_codebooks, _, in_group_size = codebooks.shape
-    num_groups = in_features // in_group_size
-    num_codes = num_virtual_groups(in_features, in_group_size, num_codebooks, num_critical_groups)
-    codebooks = codebooks.float()
-    for rows in _row_steps(codes.shape[0], num_codes):
-        block_codes = unpack_codes(codes[rows], nbits, num_codes).int()
-        base, *extended = block_codes.split([num_groups] + [num_critical_groups] * (num_codebooks - 1), dim=1)
-        block = F.embedding(base, codebooks[0])  # [rows, G, d]
-        for codebook, critical in zip(codebooks[1:], extended, strict=True):
-            block[:, :num_critical_groups] += F.embedding(critical, codebook)
-        yield rows, block.flatten(1)
+def _num_codes(layer, num_critical_groups):
+    _, codebooks, _, channel_order = layer
+    return num_virtual_groups(channel_order.shape[0], codebooks.shape[2], codebooks.shape[0], num_critical_groups)
 
 
-def _dequantize_linear(x, codes, codebooks, scales, channel_order, nbits, num_critical_groups):
-    """Multiplies `x` (`[M, K]`, fp32) with a few dequantized rows at a time; returns `[M, N]`, fp32."""
-    x_ordered = x.index_select(1, channel_order.int())
-    y = x.new_empty(x.shape[0], codes.shape[0])
-    for rows, block in _dequantized_rows(codes, codebooks, x.shape[1], nbits, num_critical_groups):
-        y[:, rows] = x_ordered @ block.T
-    return y.mul_(scales)
+def _tiled(layer, nbits, num_critical_groups):
+    codes, *others = layer
+    if codes.dim() == 2:
+        codes = tile_codes(codes, nbits, _num_codes(layer, num_critical_groups))
+    return (codes, *others)
 
 
-def _lookup_linear(x, codes, codebooks, scales, channel_order, nbits, num_critical_groups):
-    """Sums `table[v, codes[n, v]]` over v, where `table[v, c]` is the product of codebook row c and group v of `x`.
-
-    `x` is `[M, K]`, fp32; returns `[M, N]`, fp32.
-    """
-    num_tokens, in_features = x.shape
-    num_codebooks, codebook_size, in_group_size = codebooks.shape
-    num_groups = in_features // in_group_size
-    index = channel_index(channel_order, in_group_size, num_codebooks, num_critical_groups).int()
-    num_codes = index.numel() // in_group_size
-    # One column per token, so that one row of the table serves all of them.
-    vectors = x.index_select(1, index).view(num_tokens, num_codes, in_group_size).transpose(0, 1)  # [V, M, d]
-    base, extended = vectors.split([num_groups, num_codes - num_groups])
-    codebooks = codebooks.float()
-    table = x.new_empty(num_codes, codebook_size, num_tokens)
-    table[:num_groups] = (base @ codebooks[0].T).transpose(1, 2)
-    if extended.shape[0]:
-        extended = extended.reshape(num_codebooks - 1, -1, in_group_size)
-        products = (extended @ codebooks[1:].transpose(1, 2)).view(-1, num_tokens, codebook_size)
-        table[num_groups:] = products.transpose(1, 2)
-    table = table.view(-1, num_tokens)
-    first_entry = torch.arange(0, num_codes * codebook_size, codebook_size, dtype=torch.int32, device=x.device)
-    y = x.new_empty(codes.shape[0], num_tokens)
-    for rows in _row_steps(codes.shape[0], num_codes):
-        entries = unpack_codes(codes[rows], nbits, num_codes) + first_entry
-        y[rows] = F.embedding_bag(entries, table, mode="sum")
-    return y.mul_(scales[:, None]).T.contiguous()
+def _stored(layer, nbits, num_critical_groups):
+    codes, _, scales, _ = layer
+    if codes.dim() == 1:
+        codes = untile_codes(codes, nbits, scales.shape[0], _num_codes(layer, num_critical_groups))
+    return (codes, *layer[1:])
 
 
 def _check_linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critical_groups) -> None:
     _check_layer(codes, codebooks, scales, channel_order, nbits, num_critical_groups)
-    out_features, in_features = codes.shape[0], channel_order.shape[0]
+    out_features, in_features = scales.shape[0], channel_order.shape[0]
     _check_dtype("x", x.dtype)
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must have shape [..., {in_features}] for this layer, got {list(x.shape)}")
@@ -244,16 +247,16 @@ def _check_layer(codes, codebooks, scales, channel_order, nbits, num_critical_gr
     if not 0 <= num_critical_groups <= num_groups:
         raise ValueError(f"num_critical_groups must be between 0 and {num_groups}, got {num_critical_groups}")
     num_codes = num_virtual_groups(channel_order.shape[0], in_group_size, num_codebooks, num_critical_groups)
-    width = packed_width(num_codes, nbits)
-    if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] != width:
+    if scales.dim() != 1 or not scales.is_floating_point():
         raise ValueError(
-            f"codes must be a uint8 tensor of shape [out_features, {width}] ({num_codes} codes of {nbits} bits per "
-            f"row), got {codes.dtype} and {list(codes.shape)}"
+            f"scales must be a floating tensor of shape [out_features], got {scales.dtype} and {list(scales.shape)}"
         )
-    if scales.shape != codes.shape[:1] or not scales.is_floating_point():
+    out_features = scales.shape[0]
+    stored, tiled = (out_features, packed_width(num_codes, nbits)), (tiled_size(out_features, num_codes, nbits),)
+    if codes.dtype != torch.uint8 or codes.shape not in (stored, tiled):
         raise ValueError(
-            f"scales must be a floating tensor of shape [{codes.shape[0]}], "
-            f"got {scales.dtype} and {list(scales.shape)}"
+            f"codes must be a uint8 tensor of shape {list(stored)} ({num_codes} codes of {nbits} bits for each of "
+            f"{out_features} scales) or, tiled, {list(tiled)}, got {codes.dtype} and {list(codes.shape)}"
         )
 
 
@@ -264,13 +267,13 @@ def _check_dtype(name: str, dtype: torch.dtype) -> None:
 
 def _linear_fake(x, codes, codebooks, scales, channel_order, bias, nbits, num_critical_groups):
     _check_linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critical_groups)
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
+    return x.new_empty(*x.shape[:-1], scales.shape[0])
 
 
 def _dequantize_fake(codes, codebooks, scales, channel_order, nbits, num_critical_groups, dtype):
     _check_layer(codes, codebooks, scales, channel_order, nbits, num_critical_groups)
     _check_dtype("dtype", dtype)
-    return codes.new_empty(codes.shape[0], channel_order.shape[0], dtype=dtype)
+    return codes.new_empty(scales.shape[0], channel_order.shape[0], dtype=dtype)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

@@ -7,14 +7,20 @@ groups. Each virtual group owns one code per output row, `in_group_size` entries
 A row of codes is stored as a little-endian bit stream: code `v` takes the bits `[v * nbits, (v + 1) * nbits)`, where
 bit `b` is bit `b % 8` of byte `b // 8`. Eight codes fill exactly `nbits` bytes, so packing works on every eighth code
 at once.
+
+That is the stored layout. Kernels read the *tiled* one, made once when a model is loaded: tiles of `TILE_GROUPS`
+virtual groups by `TILE_ROWS` output rows, a byte per code, in which the codes of one group lie side by side.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MIN_NBITS, MAX_NBITS = 4, 12
+TILE_GROUPS, TILE_ROWS = 32, 16
+ROW_MULTIPLE = 64  # rows are padded to whole cache lines of codes
 _CODES_PER_PERIOD = 8
 
 
@@ -99,6 +105,84 @@ def unpack_codes(packed: Tensor, nbits: int, num_codes: int) -> Tensor:
     return codes
 
 
+def high_bits(nbits: int) -> int:
+    """Returns the bits per code in the high plane of the tiled layout: 0 up to 8 bits, then 1, 2, 4 and 4."""
+    _check_nbits(nbits)
+    return 0 if nbits <= 8 else min(1 << (nbits - 9), 4)
+
+
+def tiled_size(num_rows: int, num_codes: int, nbits: int) -> int:
+    """Returns the number of bytes of `[num_rows, num_codes]` codes in the tiled layout."""
+    tiles = -(-num_codes // TILE_GROUPS) * (_padded(num_rows, ROW_MULTIPLE) // TILE_ROWS)
+    return tiles * TILE_GROUPS * TILE_ROWS * (8 + high_bits(nbits)) // 8
+
+
+def tile_codes(packed: Tensor, nbits: int, num_codes: int) -> Tensor:
+    """Turns stored codes into the layout of the kernels.
+
+    With `Vt = ceil(V / TILE_GROUPS)` and `Nt = N / TILE_ROWS`, N rounded up to a multiple of `ROW_MULTIPLE`, the
+    result is `[Vt, Nt, TILE_GROUPS, TILE_ROWS]` low bytes of the codes, and for more than 8 bits a high plane of
+    `[Vt, Nt, TILE_GROUPS, TILE_ROWS * h / 8]` bytes after it, `h = high_bits(nbits)`, in which row `r` of a tile has
+    the bits `[r * h, (r + 1) * h)`. Padding is code 0.
+
+    Args:
+        packed: `[N, packed_width(V, nbits)]`, uint8.
+        nbits: bits per code, 4..12.
+        num_codes: codes per row, `V`.
+
+    Returns:
+        `[tiled_size(N, V, nbits)]`, uint8.
+
+    Raises:
+        ValueError: if `packed` does not have that shape and dtype or `nbits` is not in 4..12.
+    """
+    codes = unpack_codes(packed, nbits, num_codes)
+    padding = (0, -num_codes % TILE_GROUPS, 0, -codes.shape[0] % ROW_MULTIPLE)
+    codes = F.pad(codes, padding).unflatten(1, (-1, TILE_GROUPS)).unflatten(0, (-1, TILE_ROWS)).permute(2, 0, 3, 1)
+    width = high_bits(nbits)
+    if not width:
+        return codes.flatten()
+    per_byte = 8 // width
+    high = (codes >> 8).to(torch.uint8).unflatten(-1, (-1, per_byte))
+    plane = torch.zeros(high.shape[:-1], dtype=torch.uint8, device=packed.device)
+    for position in range(per_byte):
+        plane |= high[..., position] << (position * width)
+    return torch.cat([(codes & 0xFF).to(torch.uint8).flatten(), plane.flatten()])
+
+
+def untile_codes(tiles: Tensor, nbits: int, num_rows: int, num_codes: int) -> Tensor:
+    """Turns the layout of the kernels back into the stored one; undoes `tile_codes`.
+
+    Args:
+        tiles: `[tiled_size(num_rows, num_codes, nbits)]`, uint8.
+        nbits: bits per code, 4..12.
+        num_rows: output rows, `N`.
+        num_codes: codes per row, `V`.
+
+    Returns:
+        `[num_rows, packed_width(num_codes, nbits)]`, uint8, contiguous.
+
+    Raises:
+        ValueError: if `tiles` does not have that shape and dtype or `nbits` is not in 4..12.
+    """
+    size = tiled_size(num_rows, num_codes, nbits)
+    if tiles.dtype != torch.uint8 or tiles.shape != (size,):
+        raise ValueError(
+            f"{num_rows} rows of {num_codes} codes of {nbits} bits are tiled as a uint8 tensor of shape [{size}], "
+            f"got {tiles.dtype} and {list(tiles.shape)}"
+        )
+    width = high_bits(nbits)
+    low_size = size * 8 // (8 + width)
+    shape = (-1, _padded(num_rows, ROW_MULTIPLE) // TILE_ROWS, TILE_GROUPS, TILE_ROWS)
+    codes = tiles[:low_size].view(shape)
+    if width:
+        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=tiles.device)
+        high = (tiles[low_size:, None] >> shifts) & (2**width - 1)
+        codes = codes.to(torch.int16) | high.to(torch.int16).view(shape) << 8
+    codes = codes.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)[:num_rows, :num_codes]
+    return codes.contiguous() if nbits == 8 else pack_codes(codes, nbits)
+
+
 def num_virtual_groups(in_features: int, in_group_size: int, num_codebooks: int, num_critical_groups: int) -> int:
     """Returns `V`: base groups plus one further group per critical group and further codebook."""
     return in_features // in_group_size + (num_codebooks - 1) * num_critical_groups
@@ -126,6 +210,10 @@ def channel_index(channel_order: Tensor, in_group_size: int, num_codebooks: int,
     order = channel_order.to(torch.int64)
     critical = order[: num_critical_groups * in_group_size]
     return torch.cat([order, critical.repeat(num_codebooks - 1)])
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _check_nbits(nbits: int) -> None:

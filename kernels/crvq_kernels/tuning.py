@@ -1,39 +1,165 @@
-"""Block sizes of the Triton kernels, chosen by shape.
+"""Which Triton kernel runs, and its block sizes, chosen by shape.
 
-The numbers keep a tile within the registers of 128 threads on every architecture the tests compile for. They have not
+The numbers keep a tile within the registers of its threads on every architecture the tests compile for. They have not
 been timed on a GPU. There is one pipeline stage on purpose: with more, Triton turns the codebook gather into
 asynchronous copies that bypass the L1 cache, where the codebooks live.
 """
 
+import functools
 from dataclasses import dataclass
 
 NUM_STAGES = 1
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Tile of one program.
+class GemmBlocks:
+    """What one program of the matrix kernel does.
 
     Attributes:
-        tokens: rows of `x`; 1, or at least 16 (the smallest side of a matrix instruction).
+        tokens: rows of `x`, a multiple of 8 (the narrow side of a matrix instruction).
+        rows: output rows, 32 or 64.
+        warps: groups of 32 threads, each with its own share of the virtual groups.
+        num_warps: warps as the GPU counts them.
+    """
+
+    tokens: int
+    rows: int
+    warps: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class StageBlocks:
+    """What one program of the kernel that reorders `x` does: `channels` of one token."""
+
+    channels: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class DequantizeBlocks:
+    """What one program of the dequantization kernel does.
+
+    Attributes:
+        groups: base groups, a power of two.
+        thread_rows: output rows of one thread, which owns one group: 4, 8 or 16.
+        num_warps: warps per program.
+    """
+
+    groups: int
+    thread_rows: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class GemvBlocks:
+    """What one program of the lookup-table kernel does.
+
+    Attributes:
+        tokens: rows of `x`, 1 or 2.
         rows: output rows.
-        groups: virtual groups per step of the inner loop.
+        splits: programs that share the slices of the same rows; with more than 1, a second kernel adds them up.
+        slices_per_program: slices of `packing.TILE_GROUPS` virtual groups.
         num_warps: warps per program.
     """
 
     tokens: int
     rows: int
-    groups: int
+    splits: int
+    slices_per_program: int
     num_warps: int
 
 
-def gemv_blocks(num_tokens: int, in_group_size: int) -> Blocks:
-    """Returns the tile of the decode kernel for `num_tokens` rows of `x`."""
-    if num_tokens == 1:
-        return Blocks(tokens=1, rows=8, groups=512 // in_group_size, num_warps=4)
-    return Blocks(tokens=16, rows=32, groups=128 // in_group_size, num_warps=4)
+# Rows of a program to its warps. A table costs the same however many rows use it, so more rows are better as long as
+# there are enough programs.
+_GEMV_WARPS = {
+    128: 8,  # small layers; with 4 warps the table alone takes 64 registers of a thread
+    256: 8,  # 32 sums per thread; two tokens, 64 sums, still fit
+    512: 16,  # large layers, one token: 16 warps leave a thread 128 registers, too few for the sums of two
+}
+# The rows to choose from, for one token and for two: those that compile without spills for every group size. With fp32
+# factors the table is made without matrix instructions, which takes the registers of the second token.
+_GEMV_ROWS = {
+    "fp16": ((128, 256, 512), (128, 256)),
+    "bf16": ((128, 256, 512), (128, 256)),
+    "tf32": ((128, 256), (128, 256)),
+    "fp32": ((256,),),
+}
+# Cycles in which the shared memory of a processor is busy, by the number of accesses: 32 lanes, one bank each.
+_TABLE_CYCLES = 800  # of a token and slice: 512 to store it, 128 to read the codebook, the rest for barriers
+_START_CYCLES = 1500  # of a program: two dependent loads from DRAM and the first codebook
+_SECOND_KERNEL_CYCLES = 2000  # about one microsecond
+_MAX_SPLITS = 32
 
 
-def dequantize_blocks(in_group_size: int) -> Blocks:
-    """Returns the tile of the dequantization kernel, which has no token axis."""
-    return Blocks(tokens=1, rows=16, groups=256 // in_group_size, num_warps=4)
+@functools.cache
+def gemv_blocks(
+    num_tokens: int, out_features: int, num_slices: int, num_processors: int, factors: str = "fp16"
+) -> GemvBlocks:
+    """Returns how the lookup-table kernel is launched; `factors` as in `gemv.dot_factors`.
+
+    Chosen is what keeps the busiest processor of the GPU busy for the shortest time, by the numbers above: a lookup is
+    one access per 32 codes, and the sum over the lanes two per row and token. That is a model; nothing was timed.
+    """
+    tokens = min(num_tokens, len(_GEMV_ROWS[factors]))
+    token_blocks = -(-num_tokens // tokens)
+    best = None
+    for rows in _GEMV_ROWS[factors][tokens - 1]:
+        row_blocks = -(-out_features // rows)
+        for wanted_splits in range(1, min(num_slices, _MAX_SPLITS) + 1):
+            slices = -(-num_slices // wanted_splits)
+            splits = -(-num_slices // slices)
+            programs = -(-row_blocks * splits * token_blocks // num_processors)  # of the busiest processor
+            program = _START_CYCLES + tokens * (slices * (_TABLE_CYCLES + rows) + 2 * rows)
+            cycles = programs * program + (_SECOND_KERNEL_CYCLES if splits > 1 else 0)
+            if best is None or cycles < best[0]:
+                best = cycles, GemvBlocks(tokens, rows, splits, slices, _GEMV_WARPS[rows])
+    return best[1]
+
+
+# Thresholds of `kernel_for`, by arithmetic for an H100, not by measurement: see "Which kernel" in kernels/README.md.
+_GEMV_MAX_TOKENS = 2  # a third token would be a second pass; the matrix kernel costs the same for up to 8
+_GEMV_MAX_CODEBOOK = 256  # entries of a table that fits shared memory beside a second program
+_GEMM_MAX_TOKENS = 128  # codes are decoded once per 64; writing the dense weight costs as much as decoding 4 times
+
+
+def kernel_for(num_tokens: int, out_features: int, codebook_size: int) -> str:
+    """Returns what multiplies `num_tokens` rows of `x`: "gemv", "gemm" or "dequantize + matmul"."""
+    # A table has to serve more rows than it has entries.
+    if num_tokens <= _GEMV_MAX_TOKENS and codebook_size <= min(_GEMV_MAX_CODEBOOK, out_features):
+        return "gemv"
+    return "gemm" if num_tokens <= _GEMM_MAX_TOKENS else "dequantize + matmul"
+
+
+# Output rows of the matrix kernel's program: from this many rows on, 64 rows still make some programs per processor.
+_GEMM_MANY_ROWS = 16384
+
+
+def gemm_blocks(num_tokens: int, out_features: int, exact: bool, hip: bool) -> GemmBlocks:
+    """Returns the tile of the matrix kernel; `exact` for factors in fp32, `hip` for AMD GPUs.
+
+    Splitting the virtual groups between the warps of a program, instead of between programs, fills the GPU without a
+    second kernel: 32 rows make 128 programs out of the 4096 rows of a small layer.
+    """
+    if exact:  # multiply-adds of single numbers; with 8 warps nothing spills for any group size
+        return GemmBlocks(tokens=16, rows=32, warps=4, num_warps=8)
+    if hip:  # the smallest matrix instruction is 16 wide, and two of our 32 threads make a warp
+        return GemmBlocks(tokens=16 if num_tokens <= 16 else 32, rows=32, warps=8, num_warps=4)
+    tokens = next((size for size in (8, 16, 32) if num_tokens <= size), 64)
+    if tokens > 16:  # sums take 32 or 64 registers of a thread
+        return GemmBlocks(tokens=tokens, rows=32, warps=8, num_warps=8)
+    rows, warps = (64, 8) if out_features >= _GEMM_MANY_ROWS else (32, 16 if out_features <= 4096 else 8)
+    return GemmBlocks(tokens=tokens, rows=rows, warps=warps, num_warps=warps)
+
+
+def stage_blocks(scaled: bool) -> StageBlocks:
+    """Returns the tile of the kernel that writes `x` in the order of the virtual groups.
+
+    With `scaled`, every program reads its whole token for the largest magnitude, so there are fewer of them.
+    """
+    return StageBlocks(channels=4096, num_warps=8) if scaled else StageBlocks(channels=1024, num_warps=4)
+
+
+def dequantize_blocks(in_group_size: int) -> DequantizeBlocks:
+    """Returns the tile of the dequantization kernel: 64 values per thread, summed in registers."""
+    return DequantizeBlocks(groups=128, thread_rows=64 // in_group_size, num_warps=4)

@@ -212,10 +212,7 @@ def test_the_report_counts_stored_bytes(architecture, quantize):
     assert report["layers"].keys() == layers.keys()
     bits = weights = 0
     for name, layer in layers.items():
-        own = sum(
-            t.numel() * t.element_size() * 8
-            for t in (layer.weight, layer.weight_codebooks, layer.weight_scale, layer.weight_order)
-        )
+        own = sum(t.numel() * t.element_size() * 8 for t in layer.quantized_weight().tensors().values())
         assert report["layers"][name]["bits_per_weight"] == pytest.approx(own / layer.in_features / layer.out_features)
         assert 0 <= report["layers"][name]["relative_error"] < 1
         bits, weights = bits + own, weights + layer.in_features * layer.out_features

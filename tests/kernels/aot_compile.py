@@ -1,109 +1,201 @@
-"""Compiles every Triton kernel for GPUs that need not be present, and prints one JSON line per kernel and target.
+"""Compiles what the launchers of the Triton kernels launch, for GPUs that need not be present.
 
-Run as a script, without TRITON_INTERPRET: `python aot_compile.py`. `test_aot.py` does.
+Run as a script, without TRITON_INTERPRET: `python aot_compile.py` prints a table and what is wrong; with `--json`, a
+line per kernel and target. The launchers run on CPU tensors, and where they launch a kernel, Triton's JIT compiles it
+for the target instead: block sizes, constants and alignment are those of a real call.
 """
 
+import contextlib
 import json
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
-from crvq_kernels.dequant import dequantize_kernel
-from crvq_kernels.gemv import gemv_kernel
-from crvq_kernels.packing import code_span
-from crvq_kernels.tuning import NUM_STAGES, dequantize_blocks, gemv_blocks
+import triton.language as tl
+from crvq_kernels import gemv as gemv_module
+from crvq_kernels.dequant import dequantize_weight
+from crvq_kernels.gemm import gemm
+from crvq_kernels.gemv import gemv
+from crvq_kernels.packing import num_virtual_groups, tiled_size
+from crvq_kernels.tuning import GemvBlocks
+from machine_code import problems, read_amdgcn, read_sass, table
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-LAYER_TYPES = {"codes": "u8", "codebooks": "fp16", "scales": "fp16", "order": "i16"}
-# in_group_size, nbits, tokens, dtype of x
-GEMV_CASES = [(8, 8, 1, "fp16"), (8, 8, 8, "bf16"), (16, 11, 1, "fp32"), (4, 12, 16, "fp16")]
-# in_group_size, nbits, permuted
-DEQUANTIZE_CASES = [(8, 8, True), (16, 11, False)]
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
 
-def gemv_source(in_group_size, nbits, num_tokens, dtype, exact):
-    blocks = gemv_blocks(num_tokens, in_group_size)
-    constants = {
-        "GROUP": in_group_size,
-        "NBITS": nbits,
-        "CODE_BYTES": code_span(nbits),
-        "HAS_BIAS": True,
-        "PRECISION": "ieee" if exact else "tf32",
-        "BLOCK_M": blocks.tokens,
-        "BLOCK_N": blocks.rows,
-        "BLOCK_G": blocks.groups,
-    }
-    types = LAYER_TYPES | {"x": dtype, "bias": dtype, "y": dtype}
-    return source(gemv_kernel, types, constants), blocks.num_warps
+def layer(in_group_size=8, nbits=8, out_features=4096, in_features=4096, dtype=FP16):
+    """Returns the leading arguments of `dequantize_weight`, uninitialised, with three extended codebooks."""
+    num_critical_groups = in_features // in_group_size // 50
+    num_codes = num_virtual_groups(in_features, in_group_size, 4, num_critical_groups)
+    return (
+        torch.empty(tiled_size(out_features, num_codes, nbits), dtype=torch.uint8),
+        torch.empty(4, 2**nbits, in_group_size, dtype=dtype),
+        torch.empty(out_features, dtype=dtype),
+        torch.empty(in_features, dtype=torch.int16),
+        nbits,
+        num_critical_groups,
+    )
 
 
-def dequantize_source(in_group_size, nbits, permuted):
-    blocks = dequantize_blocks(in_group_size)
-    constants = {
-        "GROUP": in_group_size,
-        "NBITS": nbits,
-        "CODE_BYTES": code_span(nbits),
-        "PERMUTED": permuted,
-        "BLOCK_N": blocks.rows,
-        "BLOCK_G": blocks.groups,
-    }
-    return source(dequantize_kernel, LAYER_TYPES | {"weight": "fp16"}, constants), blocks.num_warps
+def linear_args(num_tokens, x_dtype, *layer_args, **more_layer_args):
+    """Returns the arguments of `gemv` and `gemm`, with bias."""
+    tiles, codebooks, scales, order, nbits, num_critical_groups = layer(*layer_args, **more_layer_args)
+    x = torch.empty(num_tokens, order.numel(), dtype=x_dtype)
+    return x, tiles, codebooks, scales, order, torch.empty_like(scales), nbits, num_critical_groups
 
 
-def source(kernel, pointer_types, constants):
-    """Describes one specialisation: aligned pointers, 32-bit integers, the given constants."""
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + pointer_types[name.removesuffix("_ptr")]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+CASES = {
+    "M=1 fp16 d8 e8": lambda: gemv(*linear_args(1, FP16)),
+    "M=2 fp16 d8 e8": lambda: gemv(*linear_args(2, FP16)),
+    "M=2 bf16 d16 e8": lambda: gemv(*linear_args(2, BF16, 16)),
+    "M=1 bf16 d4 e8, small": lambda: gemv(*linear_args(1, BF16, 4, out_features=576, in_features=576, dtype=BF16)),
+    "M=1 fp32 d8 e8": lambda: gemv(*linear_args(1, FP32)),
+    "M=4 fp16 d8 e8": lambda: gemm(*linear_args(4, FP16)),
+    "M=4 fp16 d8 e10": lambda: gemm(*linear_args(4, FP16, 8, 10)),
+    "M=40 bf16 d16 e12": lambda: gemm(*linear_args(40, BF16, 16, 12)),
+    "M=16 fp32 d4 e8": lambda: gemm(*linear_args(16, FP32, 4)),
+    "fp16 d8 e8": lambda: dequantize_weight(*layer(), FP16, permuted=True),
+    "bf16 d16 e12": lambda: dequantize_weight(*layer(16, 12), BF16, permuted=True),
+    "fp32 d4 e10, original order": lambda: dequantize_weight(*layer(4, 10), FP32, permuted=False),
+}
 
 
-def resources(compiled, target):
-    """Returns registers and spilled bytes per thread as the assembler reports them; None where no tool can tell."""
-    if target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        return find_number(r"\.vgpr_count:\s+(\d+)", text), find_number(r"\.vgpr_spill_count:\s+(\d+)", text)
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not cuobjdump.exists():
-        return None, None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        Path(cubin.name).write_bytes(compiled.asm["cubin"])
-        command = [cuobjdump, "-res-usage", cubin.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return find_number(r"REG:(\d+)", text), find_number(r"STACK:(\d+)", text)
+@triton.jit
+def gather_kernel(codes_ptr, table_ptr, y_ptr, CODES: tl.constexpr, SIZE: tl.constexpr):
+    """Looks codes up by a 2-D `tl.gather`, which Triton makes of shuffles."""
+    group = tl.arange(0, 16)
+    entries = tl.load(table_ptr + group[:, None] * CODES + tl.arange(0, CODES)[None, :])
+    total = tl.zeros([16, SIZE], dtype=tl.float32)
+    for _ in range(0, 64):
+        codes = tl.load(codes_ptr + group[:, None] * SIZE + tl.arange(0, SIZE)[None, :])
+        total += tl.gather(entries, codes.to(tl.int32), axis=1)
+        codes_ptr += 16 * SIZE
+    tl.store(y_ptr + tl.arange(0, SIZE), tl.sum(total, axis=0))
 
 
-def find_number(pattern, text):
-    return int(re.search(pattern, text)[1])
+@triton.jit
+def pipelined_kernel(x_ptr, codes_ptr, codebook_ptr, y_ptr):
+    """Multiplies gathered codebook rows of 8; with several stages Triton makes asynchronous copies of the gather."""
+    row = tl.arange(0, 64)
+    channel = tl.arange(0, 64)
+    total = tl.zeros([64, 64], dtype=tl.float32)
+    for start in range(0, 4096, 64):
+        codes = tl.load(codes_ptr + row[:, None] * 512 + (start + channel)[None, :] // 8).to(tl.int32)
+        weight = tl.load(codebook_ptr + codes * 8 + channel[None, :] % 8)
+        x = tl.load(x_ptr + row[:, None] * 4096 + (start + channel)[None, :])
+        total += tl.dot(x, tl.trans(weight))
+    tl.store(y_ptr + row[:, None] * 64 + row[None, :], total)
+
+
+def unaligned_gemv():
+    x, tiles, *rest = linear_args(1, FP16)
+    gemv(x, torch.cat([tiles, tiles[:4]])[4:], *rest)
+
+
+def crowded_gemv():
+    blocks, gemv_module.gemv_blocks = gemv_module.gemv_blocks, lambda *args: GemvBlocks(2, 512, 1, 17, 16)
+    try:
+        gemv(*linear_args(2, FP16))
+    finally:
+        gemv_module.gemv_blocks = blocks
+
+
+def bytes_and_floats(*shape):
+    return torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=FP16), torch.empty(shape)
+
+
+# Mistakes that the kernels must not make, to prove that `problems` sees them.
+MISTAKES = {
+    "2-D gather": lambda: gather_kernel[(1,)](*bytes_and_floats(64), CODES=256, SIZE=256),
+    "3 stages": lambda: pipelined_kernel[(1,)](torch.empty(64, dtype=FP16), *bytes_and_floats(64), num_stages=3),
+    "unaligned codes": unaligned_gemv,
+    "1024 sums": crowded_gemv,
+}
+
+
+class Driver:
+    """Stands in for a GPU's driver: names the target, and has nothing to launch on."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def get_current_target(self):
+        return TARGETS[self.name]
+
+    def get_current_device(self):
+        return self.name
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(name: str):
+    """Within, a launch compiles for the target `name`; yields the list of `(kernel name, compiled kernel)`."""
+    compiled, launch, hip = [], JITFunction.run, torch.version.hip
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append((self.fn.__name__, launch(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    driver.set_active(Driver(name))
+    JITFunction.run = compile_only
+    torch.version.hip = "0" if TARGETS[name].backend == "hip" else None
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, torch.version.hip = launch, hip
+
+
+def machine_code(compiled, target: str) -> dict:
+    if TARGETS[target].backend == "hip":
+        return read_amdgcn(compiled.asm["amdgcn"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        sass, usage = (
+            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("-sass", "-res-usage")
+        )
+    return read_sass(sass, usage)
+
+
+def compile_cases(cases: dict, targets: list[str]):
+    """Yields one row per case, kernel it launches and target; a kernel compiled for an earlier case is left out."""
+    seen = set()
+    for target in targets:
+        for case, launch in cases.items():
+            with compiling_for(target) as compiled:
+                launch()
+            for kernel, result in compiled:
+                if result.hash in seen:
+                    continue
+                seen.add(result.hash)
+                row = {"target": target, "case": case, "kernel": kernel, "mistake": case in MISTAKES}
+                yield row | {"shared_bytes": result.metadata.shared} | machine_code(result, target)
 
 
 def main() -> int:
-    for name, target in TARGETS.items():
-        hip = target.backend == "hip"
-        cases = {f"gemv {case}": gemv_source(*case, hip or case[3] == "fp32") for case in GEMV_CASES}
-        cases |= {f"dequantize {case}": dequantize_source(*case) for case in DEQUANTIZE_CASES}
-        for case, (kernel_source, num_warps) in cases.items():
-            options = {"num_warps": num_warps, "num_stages": NUM_STAGES}
-            compiled = triton.compile(kernel_source, target=target, options=options)
-            registers, spills = resources(compiled, target)
-            row = {"target": name, "case": case, "registers": registers, "spills": spills}
-            print(json.dumps(row | {"shared_bytes": compiled.metadata.shared}), flush=True)
-    return 0
+    results = [*compile_cases(CASES, list(TARGETS)), *compile_cases(MISTAKES, ["sm_90"])]
+    if "--json" in sys.argv:
+        for row in results:
+            print(json.dumps(row))
+        return 0
+    print(table(results))
+    for row in results:
+        for problem in problems(row):
+            print(f"{row['target']}, {row['case']}, {row['kernel']}: {problem}")
+    return int(any(problems(row) for row in results if not row["mistake"]))
 
 
 if __name__ == "__main__":

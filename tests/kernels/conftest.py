@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from crvq_kernels import num_virtual_groups, pack_codes
+from crvq_kernels import cpu, num_virtual_groups, pack_codes, tile_codes
 from torch import Tensor
 
 
@@ -19,6 +19,10 @@ class Layer:
 
     def linear_args(self, bias: bool) -> tuple:
         return (*self.tensors, self.bias if bias else None, *self.constants)
+
+    @property
+    def tiles(self) -> Tensor:
+        return tile_codes(self.tensors[0], self.constants[0], self.codes.shape[1])
 
 
 @pytest.fixture
@@ -68,6 +72,56 @@ def tolerance():
     return {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 6e-3}
 
 
+@pytest.fixture
+def choose_cpu(monkeypatch):
+    """Forces a way to run on the CPU for the rest of a test, as CRVQ_CPU does; skips what is not there."""
+
+    def choose(name: str) -> None:
+        monkeypatch.setenv("CRVQ_CPU", name)
+        cpu.library.cache_clear()
+        try:
+            cpu.library()
+        except ValueError as error:
+            pytest.skip(str(error))
+
+    yield choose
+    cpu.library.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _poison(poisoned_empty):
     pass
+
+
+GUARD = 64
+
+
+@pytest.fixture
+def guarded():
+    """Copies a tensor to between elements that show where they are read: NaN, or the largest integer."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        poison = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+        buffer = torch.full((tensor.numel() + 2 * GUARD,), poison, dtype=tensor.dtype, device=tensor.device)
+        return buffer[GUARD:-GUARD].view(tensor.shape).copy_(tensor)
+
+    return copy
+
+
+@pytest.fixture
+def guarded_empty(monkeypatch):
+    """Surrounds what `torch.empty` returns with elements that must not change until the end of the test."""
+    allocate, buffers = torch.empty, []
+
+    def allocate_guarded(*size, **kwargs):
+        shape = torch.Size(size[0] if isinstance(size[0], tuple | list | torch.Size) else size)
+        buffer = allocate(shape.numel() + 2 * GUARD, **kwargs)
+        buffers.append((buffer, buffer.clone()))
+        return buffer[GUARD:-GUARD].view(shape)
+
+    monkeypatch.setattr(torch, "empty", allocate_guarded)
+    yield
+    assert buffers
+    for buffer, before in buffers:
+        for end in (slice(GUARD), slice(-GUARD, None)):
+            assert torch.equal(buffer[end].view(torch.uint8), before[end].view(torch.uint8)), "written out of bounds"

@@ -1,10 +1,12 @@
 """`CRVQLinear`: forward, and that moving or casting a model leaves its tensors what they are."""
 
 import copy
+import pickle
 
+import crvq_kernels
 import pytest
 import torch
-from crvq_kernels import linear_ref
+from crvq_kernels import cpu, linear_ref
 from torch import nn
 
 from crvq_hf import CRVQConfig, CRVQLinear
@@ -113,3 +115,78 @@ def test_deepcopy_and_state_dict(layer):
 def test_repr_names_the_numbers(layer):
     assert "in_features=64, out_features=24, bias=True, nbits=6" in repr(layer)
     assert "in_group_size=8, codebooks=4x64, num_critical_groups=2" in repr(layer)
+
+
+# The layout of the codes
+
+
+@pytest.fixture
+def tiled(layer):
+    if not crvq_kernels.prefers_tiles("cpu"):
+        pytest.skip("layers are not tiled here: no compiled kernel")
+    stored = layer.weight
+    assert layer.tile_() is layer and layer.weight.dim() == 1 and stored.dim() == 2
+    assert layer.tile_() is layer and layer.weight.dim() == 1
+    return layer
+
+
+def test_tiling_changes_nothing_but_the_layout(tiled, weight):
+    x = torch.randn(2, 5, 64)
+    expected = linear_ref(x, *weight.tensors().values(), tiled.bias, 6, 2)
+    torch.testing.assert_close(tiled(x), expected, rtol=1e-3, atol=1e-3)
+    for a, b in zip(tiled.quantized_weight().tensors().values(), weight.tensors().values(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(tiled.dequantize(torch.float32), weight.dequantize(torch.float32))
+
+
+def test_tiled_codes_are_saved_and_loaded_as_stored(tiled, weight):
+    state = tiled.state_dict()
+    assert torch.equal(state["weight"], weight.codes)
+    other = CRVQLinear.from_shape(weight.shape, bias=True, bias_dtype=torch.float32, device="cpu").tile_()
+    assert other.load_state_dict(state) and other.weight.dim() == 1
+    x = torch.randn(3, 64)
+    assert torch.equal(other(x), tiled(x))
+
+
+def test_without_the_kernel_codes_are_stored_ones(tiled, weight, monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    x = torch.randn(3, 64)
+    expected = linear_ref(x, *weight.tensors().values(), tiled.bias, 6, 2)
+    torch.testing.assert_close(tiled(x), expected)  # slower, but right
+    assert torch.equal(tiled.to("cpu").weight, weight.codes)
+    torch.testing.assert_close(tiled(x), expected)
+
+
+def test_a_tiled_layer_is_copied_and_pickled(tiled):
+    x = torch.randn(3, 64)
+    y = tiled(x)
+    for twin in (copy.deepcopy(tiled), pickle.loads(pickle.dumps(tiled))):
+        assert torch.equal(twin(x), y) and twin.weight.data_ptr() != tiled.weight.data_ptr()
+
+
+@pytest.mark.parametrize("how", ["parameter", "data", "bias", "in place"])
+def test_a_changed_tensor_is_seen(tiled, weight, how):
+    x = torch.randn(3, 64)
+    before = tiled(x)
+    if how == "parameter":
+        tiled.weight_scale = nn.Parameter(tiled.weight_scale * 2, requires_grad=False)
+    elif how == "data":
+        tiled.weight_scale.data = tiled.weight_scale.data * 2
+    elif how == "in place":
+        tiled.weight_scale.mul_(2)
+    else:
+        tiled.bias = None
+    scale = tiled.weight_scale
+    tensors = [weight.codes, weight.codebooks, scale, weight.channel_order]
+    assert not torch.equal(tiled(x), before)
+    torch.testing.assert_close(tiled(x), linear_ref(x, *tensors, tiled.bias, 6, 2), rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_and_graphs_go_through_the_operator(tiled, weight):
+    x = torch.randn(3, 64, requires_grad=True)
+    tiled(x).sum().backward()
+    expected = weight.dequantize(torch.float32).sum(0).expand(3, -1)
+    torch.testing.assert_close(x.grad, expected)
+    compiled = torch.compile(tiled, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x.detach()), tiled(x.detach()))

@@ -103,7 +103,8 @@ def test_offloading_a_block_to_disk(saved, tokens, tmp_path):
     device_map |= dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb"], "cpu")
     loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
     assert loaded.model.layers[0].mlp.up_proj.weight.is_meta
-    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    # What is on disk is not tiled, so other code runs it.
+    torch.testing.assert_close(logits(loaded, tokens), logits(model, tokens), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="needs the whole model on one device"):
         loaded.dequantize()
 
@@ -165,5 +166,6 @@ def test_codes_of_eleven_bits_and_one_codebook(make_model, tokens, tmp_path):
     model = quantize_model(make_model("llama"), config=config)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.model.layers[0].mlp.up_proj.weight.shape == (64, 11)  # 8 codes of 11 bits
+    stored = loaded.state_dict()["model.layers.0.mlp.up_proj.weight"]
+    assert stored.shape == (64, 11)  # 8 codes of 11 bits
     assert torch.equal(logits(loaded, tokens), logits(model, tokens))

@@ -1,0 +1,396 @@
+"""Speed and accuracy of CRVQ layers on a CPU, against dense ones; appends rows to results/cpu_*.csv.
+
+    python benchmarks/bench_cpu.py --check                       # layers and decode, and their goals
+    python benchmarks/bench_cpu.py --part model MODEL QUANTIZED  # folders of a dense model and of its quantized one
+
+The contenders take turns in one process; a time is the median of its repetitions, a ratio the median of the ratios
+within repetitions. One thread, unless --threads says more, timed in CPU time, so that other work on the machine counts
+little; more threads are timed in wall time.
+
+layers: single layers, d 8, e 8, E 3, 2 % critical channels, random codes, no bias. Every turn begins with calls that
+    are not timed, so weights that fit a cache are in it. `bf16` and `crvq_bf16` get bf16 `x` and are compared with
+    each other; `nn_linear` and `module` are the modules of a model. `aqlm` is its 1x8 CPU kernel, if it is installed
+    (pip install aqlm numba scipy): base codes only, which is less work, and one thread, as it is wrong with more.
+decode: every linear layer of a Llama-2-7B decode step, each with memory of its own, so that weights come from memory
+    and not from a cache: all 32 blocks of CRVQ, as many dense ones as 2.4 GB hold. One thread and two; the ratio of
+    the two is in wall time. Also whether results are the same in every run. Takes 7 GB.
+model: greedy `generate`, wall time, and whether it writes what it does with PyTorch code instead of the kernel.
+"""
+
+import argparse
+import csv
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import crvq_kernels
+import torch
+import torch.nn.functional as F
+from bench_quality import commit, cpu_name
+from crvq_kernels import cpu
+from torch import Tensor, nn
+
+from crvq_hf.linear import CRVQLinear
+from crvq_hf.quantized_weight import QuantizedWeight, num_critical_groups, order_dtype
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096), (11008, 4096), (4096, 11008))  # N, K
+TOKENS, AQLM_TOKENS = (1, 2, 4, 16, 64, 128), (1, 16)
+GROUP_SIZE, NBITS, EXTENDED, CRITICAL_RATIO = 8, 8, 3, 0.02
+BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)  # of Llama-2-7B
+BLOCKS = {"crvq": 32, "fp32": 3, "bf16": 6}
+PROMPT, NEW_TOKENS = "The sea is", 64
+BATCH_SECONDS, MOST_CALLS = 0.003, 200  # calls that are timed together
+IDENTICAL = "identical results"
+
+Goal = tuple[str, float, float, float]  # name, value, least, most
+
+
+def main() -> None:
+    """Runs the parts that the command line names."""
+    args = arguments()
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    wanted = os.environ | dict.fromkeys(names, str(args.threads)) | {"NUMBA_NUM_THREADS": "1"}
+    if wanted != dict(os.environ):  # read when torch and numba are loaded, so start again
+        os.execve(sys.executable, [sys.executable, *sys.argv], wanted)
+    if args.part == "tokens":
+        print(json.dumps(writer(args.models[0])()))
+        return
+    if cpu.library() is None:
+        sys.exit(f"There is nothing to measure without the compiled kernel: {crvq_kernels.why_not_better()}.")
+    goals = []
+    for part in PARTS if args.part == "all" else (args.part,):
+        if part != "model" or args.models:
+            goals += run(part, args)
+    missed = [name for name, value, least, most in goals if not least <= value <= most]
+    if args.check:
+        header = ("goal", "found", "at least", "at most")
+        print("\n" + table([dict(zip(header, goal, strict=True)) for goal in goals]))
+    if missed and (args.check or IDENTICAL in missed):
+        sys.exit(f"missed: {'; '.join(missed)}")
+
+
+def arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", help="for the part model: folders of the dense and the quantized model")
+    parser.add_argument("--part", choices=("all", *PARTS, "tokens"), default="all", help="tokens is for internal use")
+    parser.add_argument("--threads", type=int, default=1, help="of layers and model; decode takes 1 and 2")
+    parser.add_argument("--repetitions", type=int, default=11)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the csv files")
+    parser.add_argument("--check", action="store_true", help="compare with the goals; exit 1 if one is missed")
+    args = parser.parse_args()
+    if len(args.models) not in {"model": (2,), "tokens": (1,), "all": (0, 2)}.get(args.part, (0,)):
+        parser.error("the part model needs two folders, MODEL and QUANTIZED, other parts none")
+    return args
+
+
+@torch.no_grad()
+def run(part: str, args: argparse.Namespace) -> list[Goal]:
+    """Measures a part, appends its rows and prints them; returns its goals."""
+    measure, goals = PARTS[part]
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    rows = [{"threads": args.threads} | row for row in measure(args)]
+    stamp = {
+        "instructions": cpu.INSTRUCTIONS[cpu.library().level],
+        "commit": commit(),
+        "cpu": cpu_name(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"cpu_{part}.csv"
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        sheet = csv.DictWriter(file, rows[0] | stamp, lineterminator="\n")
+        if is_new:
+            sheet.writeheader()
+        sheet.writerows(row | stamp for row in rows)
+    print(f"\n{part}: {', '.join(f'{name} {value}' for name, value in stamp.items())}\n{table(rows)}", flush=True)
+    return list(goals(rows))
+
+
+def measure_layers(args: argparse.Namespace) -> Iterator[dict]:
+    """Yields a row for every shape and number of tokens."""
+    for out_features, in_features in SHAPES:
+        print(f"{out_features} x {in_features} ...", file=sys.stderr)
+        weight = random_weight(out_features, in_features)
+        dense, layer = weight.dequantize(torch.float32), packed(weight)
+        aqlm = aqlm_layer(weight) if args.threads == 1 else None
+        for tokens in TOKENS:
+            x = torch.randn(tokens, in_features)
+            calls = contenders(weight, dense, layer, aqlm, x)
+            times = paired(calls, args.repetitions, clock(args.threads), warm=True)
+            row = {"n": out_features, "k": in_features, "m": tokens}
+            for name in ("fp32", "bf16", "crvq", "crvq_bf16", "nn_linear", "module", "aqlm"):
+                row[f"{name}_us"] = short(median(times[name]) * 1e6) if name in times else None
+            if aqlm is None:
+                row["aqlm_us"] = "not installed" if args.threads == 1 else "one thread only"
+            row["over_fp32"] = ratio(times, "fp32", "crvq")
+            row["over_bf16"] = ratio(times, "bf16", "crvq_bf16")
+            row["module_over_nn_linear"] = ratio(times, "nn_linear", "module")
+            row["over_aqlm"] = ratio(times, "aqlm", "crvq")
+            row["error"] = relative_error(layer, dense, x)
+            row["outlier_error"] = relative_error(layer, dense, with_outliers(x, weight))
+            yield row
+
+
+def contenders(weight: QuantizedWeight, dense: Tensor, layer: Callable, aqlm: Callable | None, x: Tensor) -> dict:
+    """Returns what is to be timed on `x`, `[M, K]`."""
+    x_bf16 = x.bfloat16()
+    calls = {
+        "fp32": functools.partial(F.linear, x, dense),
+        "bf16": functools.partial(F.linear, x_bf16, dense.bfloat16()),
+        "crvq": functools.partial(layer, x),
+        "crvq_bf16": functools.partial(layer, x_bf16),
+    }
+    if len(x) == 1:
+        linear = nn.Linear(weight.in_features, weight.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(dense, requires_grad=False)
+        calls["nn_linear"] = functools.partial(linear, x)
+        calls["module"] = functools.partial(CRVQLinear.from_quantized(weight, None).tile_(), x)
+    if aqlm is not None and len(x) in AQLM_TOKENS:
+        calls["aqlm"] = functools.partial(aqlm, x)
+    return calls
+
+
+def random_weight(out_features: int, in_features: int) -> QuantizedWeight:
+    """Returns a layer of random codes, gaussian codebooks and a random channel order."""
+    critical = num_critical_groups(in_features, GROUP_SIZE, CRITICAL_RATIO, EXTENDED)
+    num_codes = crvq_kernels.num_virtual_groups(in_features, GROUP_SIZE, 1 + EXTENDED, critical)
+    return QuantizedWeight(
+        codes=torch.randint(0, 2**NBITS, (out_features, num_codes), dtype=torch.uint8),
+        codebooks=torch.randn(1 + EXTENDED, 2**NBITS, GROUP_SIZE).half(),
+        scales=(0.5 + torch.rand(out_features)).half(),
+        channel_order=torch.randperm(in_features).to(order_dtype(in_features)),
+        nbits=NBITS,
+        num_critical_groups=critical,
+    )
+
+
+def packed(weight: QuantizedWeight) -> crvq_kernels.CPULayer:
+    """Returns the layer as a model calls it."""
+    tiles = crvq_kernels.tile_codes(weight.codes, NBITS, weight.num_virtual_groups)
+    tensors = (tiles, weight.codebooks, weight.scales, weight.channel_order, None)
+    return crvq_kernels.CPULayer(*tensors, NBITS, weight.num_critical_groups)
+
+
+def aqlm_layer(weight: QuantizedWeight) -> Callable[[Tensor], Tensor] | None:
+    """Returns aqlm's CPU kernel on the base codes of `weight`, channels as stored; None if it is not installed.
+
+    Raises:
+        RuntimeError: its result is wrong.
+    """
+    if importlib.util.find_spec("scipy") is None:  # numba multiplies matrices with it
+        return None
+    try:
+        from aqlm.inference_kernels.numba_kernel import numba_gemm_lut
+    except ImportError:
+        return None
+    codes, codebook, scales = weight.codes[:, : weight.num_groups], weight.codebooks[0].float(), weight.scales.float()
+    by_group = codes.T.contiguous()[..., None].view(torch.int8)
+    tensors = (by_group, codebook[None, :, None], scales.view(-1, 1, 1, 1), None)
+    x = torch.randn(1, weight.in_features)
+    expected = F.linear(x, codebook[codes.long()].flatten(1)) * scales
+    if (numba_gemm_lut(x, *tensors) - expected).norm() > 1e-5 * expected.norm():
+        raise RuntimeError("aqlm's kernel computes something else than it should")
+    return lambda x: numba_gemm_lut(x, *tensors)
+
+
+def with_outliers(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """Returns `x` with critical channels times 20 and four others times 50, as activations of language models are."""
+    order, critical = weight.channel_order.long(), weight.num_critical_groups * GROUP_SIZE
+    others = order[critical:]
+    factor = torch.ones(weight.in_features)
+    factor[order[:critical]] = 20
+    factor[others[torch.randperm(len(others))[:4]]] = 50
+    return x * factor
+
+
+def relative_error(layer: Callable, dense: Tensor, x: Tensor) -> float:
+    """Returns the L2 error of the layer on `x`, `[M, K]`, over the L2 norm of the result in float64."""
+    expected = x.double() @ dense.double().T
+    return short(((layer(x).double() - expected).norm() / expected.norm()).item())
+
+
+def layer_goals(rows: list[dict]) -> Iterator[Goal]:
+    """Yields what single layers are to reach."""
+    one_token = {(576, 576): 1.5, (1536, 576): 4.0, (4096, 4096): 15.0, (11008, 4096): 20.0}
+    for row in rows:
+        shape, name = (row["n"], row["k"]), f"{row['n']} x {row['k']}, M {row['m']}"
+        many_tokens = 1.0 if min(shape) >= 4096 else 0.45
+        least = {1: one_token.get(shape), 16: 0.8, 128: many_tokens}.get(row["m"])
+        if least is not None:
+            yield f"{name}: over fp32", row["over_fp32"], least, float("inf")
+        if row["m"] == 1 and row["over_aqlm"] is not None:
+            yield f"{name}: over aqlm", row["over_aqlm"], 3.0, float("inf")
+    for name in ("error", "outlier_error"):
+        yield f"largest {name}", max(row[name] for row in rows), 0.0, 2e-4
+
+
+def measure_decode(args: argparse.Namespace) -> Iterator[dict]:
+    """Yields a row for one thread and, where there are two processors, one for two."""
+    identical = is_deterministic()
+    steps = {kind: decode_step(kind) for kind in BLOCKS}
+    counts = (1, 2) if len(os.sched_getaffinity(0)) > 1 else (1,)
+    wall = paired({threads: functools.partial(steps["crvq"][0], threads) for threads in counts}, args.repetitions)
+    for threads in counts:
+        calls = {kind: functools.partial(step, threads) for kind, (step, _) in steps.items()}
+        times = paired(calls, args.repetitions, clock(threads))
+        row = {"threads": threads}
+        for kind, (_, gigabytes) in steps.items():
+            seconds = median(times[kind])
+            row[f"{kind}_ms_per_block"] = short(seconds * 1e3 / BLOCKS[kind])
+            row[f"{kind}_gb_per_s"] = short(gigabytes / seconds)
+        for kind in ("fp32", "bf16"):
+            row[f"over_{kind}"] = short(ratio(times, kind, "crvq") * BLOCKS["crvq"] / BLOCKS[kind])
+        row["over_one_thread"] = ratio(wall, 1, threads)
+        yield row | {"identical": "yes" if identical else "no"}
+
+
+def decode_step(kind: str) -> tuple[Callable[[int], None], float]:
+    """Returns a call of every linear layer of `BLOCKS[kind]` blocks, which takes a number of threads, and their GB."""
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    dense = {shape: torch.empty(shape, dtype=dtype).uniform_(-1, 1) for shape in set(BLOCK)}
+    calls, num_bytes = [], 0
+    for out_features, in_features in BLOCK * BLOCKS[kind]:
+        if kind == "crvq":
+            layer = packed(random_weight(out_features, in_features))
+            num_bytes += sum(tensor.nbytes for tensor in layer.tensors if tensor is not None)
+        else:
+            weight = dense[out_features, in_features].clone()
+            layer = functools.partial(F.linear, weight=weight)
+            num_bytes += weight.nbytes
+        calls.append(functools.partial(layer, torch.randn(1, in_features, dtype=dtype)))
+
+    def step(threads: int) -> None:
+        torch.set_num_threads(threads)
+        for call in calls:
+            call()
+
+    return step, num_bytes / 1e9
+
+
+def is_deterministic() -> bool:
+    """Returns whether 200 runs with one thread and with two, of one token and of eight, all give the same bits."""
+    layer = packed(random_weight(4096, 4096))
+    for tokens in (1, 8):
+        x = torch.randn(tokens, 4096)
+        expected = layer(x)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            if not all(layer(x).equal(expected) for _ in range(200)):
+                return False
+    return True
+
+
+def decode_goals(rows: list[dict]) -> Iterator[Goal]:
+    """Yields what a decode step is to reach."""
+    yield "decode over fp32", rows[0]["over_fp32"], 16.0, float("inf")
+    if len(rows) > 1:
+        yield "decode, two threads over one", rows[1]["over_one_thread"], 1.6, float("inf")
+    yield IDENTICAL, float(rows[0]["identical"] == "yes"), 1.0, 1.0
+
+
+def measure_model(args: argparse.Namespace) -> Iterator[dict]:
+    """Yields one row: tokens per second of the dense and of the quantized model."""
+    dense, quantized = (writer(folder) for folder in args.models)
+    command = [sys.executable, __file__, "--part", "tokens", "--threads", str(args.threads), args.models[1]]
+    environment = os.environ | {"CRVQ_CPU": "torch"}
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    same = json.loads(printed.splitlines()[-1]) == quantized()
+    times = paired({"dense": dense, "crvq": quantized}, args.repetitions)
+    yield {
+        "model": Path(args.models[1]).resolve().name,
+        "new_tokens": NEW_TOKENS,
+        "dense_tokens_per_s": short(NEW_TOKENS / median(times["dense"])),
+        "crvq_tokens_per_s": short(NEW_TOKENS / median(times["crvq"])),
+        "over_dense": ratio(times, "dense", "crvq"),
+        "tokens": "equal" if same else "differ",
+    }
+
+
+def writer(folder: str) -> Callable[[], list[int]]:
+    """Returns a call of the model in `folder`, in fp32, that returns the tokens it writes greedily."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")
+    options = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+    return lambda: model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def model_goals(rows: list[dict]) -> Iterator[Goal]:
+    """Yields what a model is to reach."""
+    yield "generate over dense", rows[0]["over_dense"], 1.6, float("inf")
+    yield "tokens of the reference", float(rows[0]["tokens"] == "equal"), 1.0, 1.0
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """Returns the clock that times so many threads: CPU time leaves out what others do, but adds threads up."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def paired(
+    calls: dict[Any, Callable], repetitions: int, now: Callable[[], float] = time.perf_counter, warm: bool = False
+) -> dict[Any, list[float]]:
+    """Returns the seconds per call, by the clock `now`, of every repetition; the calls take turns.
+
+    With `warm` every turn begins with calls that are not timed: what others pushed out of the caches comes back.
+    """
+
+    def timed(call: Callable, count: int) -> float:
+        start = now()
+        for _ in range(count):
+            call()
+        return (now() - start) / count
+
+    counts = {}
+    for name, call in calls.items():
+        call()
+        counts[name] = min(MOST_CALLS, int(BATCH_SECONDS / max(timed(call, 1), 1e-9)) + 1)
+    times = {name: [] for name in calls}
+    for _ in range(repetitions):
+        for name, call in calls.items():
+            if warm:
+                timed(call, counts[name])
+            times[name].append(timed(call, counts[name]))
+    return times
+
+
+def ratio(times: dict[Any, list[float]], slow: Any, fast: Any) -> float | None:
+    """Returns how many times as fast `fast` is as `slow`, None if one of them was not timed."""
+    if slow not in times or fast not in times:
+        return None
+    return short(median(a / b for a, b in zip(times[slow], times[fast], strict=True)))
+
+
+def short(value: float) -> float:
+    """Returns `value` to three digits."""
+    return float(f"{value:.3g}")
+
+
+def table(rows: list[dict]) -> str:
+    """Returns rows as a markdown table."""
+    cells = [["" if value is None else f"{value}" for value in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [list(rows[0]), ["---"] * len(rows[0]), *cells])
+
+
+PARTS = {
+    "layers": (measure_layers, layer_goals),
+    "decode": (measure_decode, decode_goals),
+    "model": (measure_model, model_goals),
+}
+
+if __name__ == "__main__":
+    main()

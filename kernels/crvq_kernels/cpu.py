@@ -1,0 +1,246 @@
+"""The compiled CPU kernel (`cpu_kernel.c`): finding it, choosing its instruction set, calling it.
+
+The library is optional: without a C compiler at install time there is none, and the PyTorch code in `portable` runs
+instead. The environment variable CRVQ_CPU forces a choice: "vbmi", "avx2", "scalar", or "torch" for no library.
+"""
+
+import ctypes
+import functools
+import os
+import struct
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .packing import num_virtual_groups, tiled_size
+
+INSTRUCTIONS = ("scalar", "avx2", "vbmi")  # numbered as in cpu_kernel.c, each better than the one before
+CHOICES = (*INSTRUCTIONS, "torch")
+FILE = Path(__file__).with_name("libcrvq_cpu.so")
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# crvq_call in cpu_kernel.c: what changes from call to call, and what belongs to the layer.
+_CALL = struct.Struct("2P3q4i")
+_LAYER = struct.Struct("5P2q10i")
+_WEIGHTS_PER_STEP = 2**20  # dequantized at a time
+
+
+class Library:
+    """The loaded library.
+
+    Attributes:
+        supported: index into `INSTRUCTIONS` of the best this processor has.
+        level: index into `INSTRUCTIONS` of what is used.
+        linear, dequantize: C functions of a packed `crvq_call`; what they return is for `_check`.
+    """
+
+    def __init__(self, path: Path):
+        """Loads the library at `path`.
+
+        Raises:
+            OSError: it cannot be loaded, or belongs to another version of this package.
+        """
+        library = ctypes.CDLL(str(path))
+        if library.crvq_call_size() != _CALL.size + _LAYER.size:
+            raise OSError(f"{path} was built from other sources; install crvq_hf again")
+        self.linear, self.dequantize = library.crvq_linear, library.crvq_dequantize
+        for function in (self.linear, self.dequantize):
+            function.argtypes = [ctypes.c_char_p]
+        self.supported = self.level = library.crvq_instructions()
+
+
+@functools.cache
+def library() -> Library | None:
+    """Returns the library as CRVQ_CPU says to use it, None where PyTorch code is to run.
+
+    Raises:
+        ValueError: CRVQ_CPU names what is unknown or what this machine does not have.
+    """
+    choice = os.environ.get("CRVQ_CPU", "").strip().lower()
+    if choice and choice not in CHOICES:
+        raise ValueError(f"CRVQ_CPU must be one of {', '.join(CHOICES)} or unset, got {choice!r}")
+    if choice == "torch":
+        return None
+    try:
+        loaded = Library(FILE)
+    except OSError as error:
+        if choice:
+            raise ValueError(f"CRVQ_CPU asks for {choice!r}, but there is no compiled kernel: {error}") from None
+        return None
+    if choice:
+        loaded.level = INSTRUCTIONS.index(choice)
+        if loaded.level > loaded.supported:
+            best = INSTRUCTIONS[loaded.supported]
+            raise ValueError(f"CRVQ_CPU asks for {choice!r}, but this processor has {best!r} at best")
+    return loaded
+
+
+def why_not_better() -> str:
+    """Returns why `library` is not the fastest there is, "" if it is."""
+    choice = os.environ.get("CRVQ_CPU")
+    if choice:
+        return f"CRVQ_CPU={choice}"
+    if library() is None:
+        try:
+            Library(FILE)
+        except OSError as error:
+            return f"no compiled kernel ({error}); install crvq_hf where there is a C compiler"
+    if library().level < len(INSTRUCTIONS) - 1:
+        return "this processor has no AVX-512 VBMI"
+    return ""
+
+
+def uses_tables(num_tokens: int, out_features: int, nbits: int, dtype: torch.dtype) -> bool:
+    """Returns whether tables, whose cost is per token, are faster than dequantizing once and multiplying.
+
+    Measured in `benchmarks/bench_cpu.py`. With 16-bit tables only bfloat16, whose matrix products are fast, ever
+    overtakes them, and only where few rows share a table; fp32 tables fall behind with their size.
+    """
+    if nbits <= 8 and INSTRUCTIONS[library().level] == "vbmi":
+        return dtype != torch.bfloat16 or num_tokens < 256 or out_features >= 2048
+    return num_tokens * 2 ** max(nbits, 8) <= (2**14 if out_features >= 2048 else 2**12)
+
+
+class Layer:
+    """A layer as the library reads it: tensors checked, and packed once for many calls.
+
+    A call of a small layer takes a few microseconds, so there is as little Python on the way as can be.
+    """
+
+    def __init__(
+        self,
+        tiles: Tensor,
+        codebooks: Tensor,
+        scales: Tensor,
+        channel_order: Tensor,
+        bias: Tensor | None,
+        nbits: int,
+        num_critical_groups: int,
+    ):
+        """Takes the arguments of `ops.linear`: contiguous, on the CPU, floats of 16 or 32 bits, codes tiled.
+
+        Raises:
+            ValueError: they are not, or do not fit each other. C reads what it is told.
+        """
+        tensors = (tiles, codebooks, scales, channel_order, bias)
+        given = [tensor for tensor in tensors if tensor is not None]
+        floats = [codebooks, scales] if bias is None else [codebooks, scales, bias]
+        self.in_features, self.out_features = channel_order.shape[0], scales.shape[0]
+        num_codebooks, codebook_size, in_group_size = codebooks.shape
+        num_codes = num_virtual_groups(self.in_features, in_group_size, num_codebooks, num_critical_groups)
+        if (
+            not all(tensor.is_cpu and tensor.is_contiguous() for tensor in given)
+            or not all(tensor.dtype in _TYPES for tensor in floats)
+            or in_group_size not in (4, 8, 16)
+            or not 0 < codebook_size <= 2**nbits
+            or self.in_features % in_group_size
+            or not 0 <= num_critical_groups <= self.in_features // in_group_size
+            or tiles.dtype != torch.uint8
+            or tiles.shape != (tiled_size(self.out_features, num_codes, nbits),)
+            or (bias is not None and bias.shape != scales.shape)
+        ):
+            raise ValueError("these tensors are not those of a tiled layer, contiguous and on the CPU")
+        self.nbits = nbits
+        self.tensors = tensors
+        self.addresses = tuple(tensor.data_ptr() for tensor in given)
+        self._library = library()
+        self._constants = _LAYER.pack(
+            *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+            self.out_features,
+            self.in_features,
+            in_group_size,
+            num_codebooks,
+            codebook_size,
+            nbits,
+            num_critical_groups,
+            channel_order.element_size(),
+            _TYPES[codebooks.dtype],
+            _TYPES[scales.dtype],
+            0 if bias is None else _TYPES[bias.dtype],
+            0,
+        )
+
+    def is_of(self, tiles, codebooks, scales, channel_order, bias) -> bool:
+        """Returns whether these are still the tensors, at the addresses, that were packed."""
+        own = self.tensors
+        if not (
+            tiles is own[0]
+            and codebooks is own[1]
+            and scales is own[2]
+            and channel_order is own[3]
+            and bias is own[4]
+            and library() is self._library
+        ):
+            return False
+        addresses = tiles.data_ptr(), codebooks.data_ptr(), scales.data_ptr(), channel_order.data_ptr()
+        return self.addresses == (addresses if bias is None else (*addresses, bias.data_ptr()))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Applies the layer to `x`, `[..., K]`, on the CPU.
+
+        Returns:
+            `[..., N]` in the dtype of `x`.
+
+        Raises:
+            MemoryError: no memory for the tables.
+            ValueError: `x` is of another shape or dtype, or `channel_order` names a channel that is not there.
+        """
+        shape, x_type = x.shape, _TYPES.get(x.dtype)
+        if x_type is None or not shape or shape[-1] != self.in_features:
+            raise ValueError(
+                f"x must be float and of shape [..., {self.in_features}], got {x.dtype} and {list(shape)}"
+            )
+        num_tokens = x.numel() // self.in_features
+        if num_tokens != 1:
+            if num_tokens == 0:
+                return x.new_empty(*shape[:-1], self.out_features)
+            if not uses_tables(num_tokens, self.out_features, self.nbits, x.dtype):
+                return self._dequantize_and_multiply(x.reshape(num_tokens, -1)).view(*shape[:-1], self.out_features)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = torch.empty(*shape[:-1], self.out_features, dtype=x.dtype)
+        numbers = (num_tokens, 0, 0, x_type, self._library.level, torch.get_num_threads(), 0)
+        call = _CALL.pack(x.data_ptr(), y.data_ptr(), *numbers) + self._constants
+        if status := self._library.linear(call):
+            self._explain(status)
+        return y
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Returns the dense weight `[N, K]`, `dtype`, channels in original order."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
+        for rows in self._row_steps():
+            weight[rows] = self._dequantize_rows(rows, permuted=False)
+        return weight
+
+    def _dequantize_and_multiply(self, x: Tensor) -> Tensor:
+        """Multiplies `x` (`[M, K]`) with a few dequantized rows at a time: bfloat16 as such, all else in fp32."""
+        _, _, _, channel_order, bias = self.tensors
+        dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+        ordered = x.to(dtype).index_select(1, channel_order.int())
+        bias = None if bias is None else bias.to(dtype)
+        y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
+        for rows in self._row_steps():
+            weight = self._dequantize_rows(rows, permuted=True).to(dtype)
+            y[:, rows] = F.linear(ordered, weight, None if bias is None else bias[rows])
+        return y
+
+    def _dequantize_rows(self, rows: slice, permuted: bool) -> Tensor:
+        """Returns rows of the weight, fp32, columns in the order of `channel_order` or in original order."""
+        out = torch.empty(rows.stop - rows.start, self.in_features)
+        numbers = (0, rows.start, len(out), 0, self._library.level, torch.get_num_threads(), int(permuted))
+        if status := self._library.dequantize(_CALL.pack(0, out.data_ptr(), *numbers) + self._constants):
+            self._explain(status)
+        return out
+
+    def _row_steps(self):
+        """Yields slices of rows that hold about `_WEIGHTS_PER_STEP` weights each."""
+        step = max(16, _WEIGHTS_PER_STEP // self.in_features // 16 * 16)
+        for start in range(0, self.out_features, step):
+            yield slice(start, min(start + step, self.out_features))
+
+    def _explain(self, status: int) -> None:
+        if status == 1:
+            raise MemoryError(f"no memory for the tables of a CRVQ layer of {self.in_features} channels")
+        last = self.in_features - 1
+        raise ValueError(f"channel_order must hold channels 0..{last}, found others; the layer is damaged")

@@ -1,0 +1,137 @@
+"""benchmarks/bench_gpu.py as far as it goes without a GPU: its checks, its tables, its files."""
+
+import csv
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from crvq_kernels import linear_ref, untile_codes
+
+pytest.importorskip("triton")
+FP16 = torch.float16
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    return importlib.import_module("bench_gpu")
+
+
+def test_dry_run_checks_every_kernel(bench, monkeypatch, capsys):
+    used = []
+    for name, way in list(bench.OURS.items()):
+        run = way.run
+        traced = bench.Way(lambda x, layer, run=run, name=name: used.append(name) or run(x, layer), way.max_tokens)
+        monkeypatch.setitem(bench.OURS, name, traced)
+    bench.main(["--dry-run", "--dtypes", "fp16"])
+    assert capsys.readouterr().out == "72x80 d8 e8: ok\n100x592 d16 e11: ok\n"
+    assert set(used) == {"gemv", "gemm", "dequantize + matmul"}
+
+
+def wrong_values(x, layer):
+    return bench_result(x, layer) * 1.01
+
+
+def wrong_dtype(x, layer):
+    return bench_result(x, layer).float()
+
+
+def moody(x, layer, calls=[]):  # noqa: B006
+    calls.append(1)
+    y = bench_result(x, layer)
+    y[0, 0] += len(calls) * 1e-3
+    return y
+
+
+def bench_result(x, layer):
+    return (x.float() @ layer.dense().T).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (wrong_values, r"72x80 d8 e8, torch.float16, 1 tokens, gemm: relative error is 1.0e-02, not below 1e-03"),
+        (wrong_dtype, r"result is torch.float32 of shape \[1, 72\], not torch.float16 of shape \[1, 72\]"),
+        (moody, r"a second run has another result"),
+    ],
+)
+def test_wrong_kernels_are_found(bench, monkeypatch, run, message):
+    plan = bench.Plan(shapes=((72, 80),), formats=(), checked_tokens=(1,))
+    monkeypatch.setattr(bench, "OURS", {"gemm": bench.Way(bench_result)})
+    assert bench.check(plan, [FP16], "cpu") == []
+    monkeypatch.setattr(bench, "OURS", {"gemm": bench.Way(run)})
+    (found,) = bench.check(plan, [FP16], "cpu")
+    assert re.search(message, found)
+    monkeypatch.setattr(bench, "TINY", plan)
+    with pytest.raises(SystemExit, match="1 results are wrong; nothing is timed"):
+        bench.main(["--dry-run", "--dtypes", "fp16"])
+
+
+def test_random_layer_is_what_the_reference_multiplies(bench, relative_error):
+    layer = bench.random_layer((40, 64), "cpu", in_group_size=4, nbits=9)
+    x = torch.randn(2, 64)
+    codes = untile_codes(layer.tensors[0], 9, 40, 16 + 3)
+    expected = linear_ref(x, codes, *layer.tensors[1:], None, *layer.constants)
+    assert relative_error(x @ layer.dense().T, expected) < 2e-6
+    assert 0.2 < expected.std() < 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [[], ["--stage", "model"], ["--quick"], ["--device", "cpu"]], ids=str)
+def test_without_a_gpu_it_says_so(bench, arguments):
+    with pytest.raises(SystemExit, match="found no GPU to use; without one there is only --dry-run"):
+        bench.main(arguments)
+
+
+def test_layers_are_more_than_the_cache_holds(bench):
+    assert bench.num_layers(2_290_000) * 2_290_000 > 200e6
+    assert bench.num_layers(470_000_000) == 2
+    assert bench.num_layers(40_000) == bench.MAX_LAYERS
+
+
+def test_table_and_file(bench, tmp_path):
+    stamp = {"gpu": "a GPU", "commit": "abc"}
+    times = {(1, "gemv"): [3e-6, 2e-6, 9e-6], (1, "dense"): [12e-6], (64, "gemm"): [5e-6], (64, "dense"): [10e-6]}
+    rows = [bench.kernel_row(stamp, (8, 16), FP16, tokens, way, values) for (tokens, way), values in times.items()]
+    assert rows[0] == stamp | {
+        "out_features": 8,
+        "in_features": 16,
+        "dtype": "float16",
+        "tokens": 1,
+        "way": "gemv",
+        "microseconds": 3.0,
+        "fastest": 2.0,
+        "slowest": 9.0,
+    }
+    lines = [line.split("  ") for line in bench.as_table(rows, {1: "gemv", 64: "gemm"}).splitlines()]
+    assert [[cell.strip() for cell in line if cell] for line in lines] == [
+        ["tokens", "gemv", "dense", "gemm", "chosen", "fastest", "dense / fastest"],
+        ["1", "3.0", "12.0", "gemv", "gemv", "4.00"],
+        ["64", "10.0", "5.0", "gemm", "gemm", "2.00"],
+    ]
+    path = tmp_path / "results" / "rows.csv"
+    bench.append(path, rows[:1])
+    bench.append(path, rows[1:])
+    with path.open() as file:
+        assert [row["way"] for row in csv.DictReader(file)] == ["gemv", "dense", "gemm", "dense"]
+
+
+def test_shapes_can_be_chosen(bench, monkeypatch):
+    plans = []
+    monkeypatch.setattr(bench, "check", lambda plan, dtypes, device: plans.append((plan.shapes, dtypes)) or [])
+    bench.main(["--dry-run", "--shapes", "4096x11008", "8x16", "--dtypes", "bf16"])
+    assert plans == [(((4096, 11008), (8, 16)), [torch.bfloat16])]
+
+
+def test_models_decode(bench, capsys):
+    gpu_model = importlib.import_module("gpu_model")
+    rows = gpu_model.time_models(True, 8, {"gpu": "none"}, "cpu")
+    assert [row["way"] for row in rows] == ["dense", "crvq"]
+    assert all(row["tokens_per_second"] > 0 and row["gpu"] == "none" for row in rows)
+    model = gpu_model.random_model(True, "cpu")
+    before = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    gpu_model.quantize_randomly_(model)
+    left = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    assert len(before) == 2 * 7 + 1 and left == ["lm_head"]
