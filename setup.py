@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "crvq_hf/__init__.py").read_text(), re.MULTILINE).group(1)
 DATASETS = "datasets>=3.0"  # for dataset="wikitext2" and "c4"
 GGUF = "gguf>=0.10"  # for --gguf-file
+REPORT = "matplotlib>=3.8"  # for report.html and report.png; whoever only loads a model needs none
 
 
 class BuildLibrary(build_ext):
@@ -63,8 +64,9 @@ setup(
     extras_require={
         "datasets": [DATASETS],
         "gguf": [GGUF],
-        "demo": [DATASETS, GGUF],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", "kernels", GGUF],
+        "report": [REPORT],
+        "demo": [DATASETS, GGUF, REPORT],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", "kernels", GGUF, REPORT],
     },
     entry_points={"console_scripts": ["crvq = crvq_hf.cli:main"]},
     classifiers=[

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .config import FIELDS, CRVQConfig
 from .convert import check_source, convert
@@ -19,7 +18,10 @@ from .demo import MODEL, demo
 from .device import compute_device
 from .doctor import examine, installed_version
 from .evaluate import perplexity, read_text_tokens, tokens_per_second
+from .hub import card_text, prepare, push
 from .info import describe, megabytes, read_info
+from .measure import Measurement, convert_and_measure, load
+from .report import draw_report
 
 # What can go wrong without a bug of ours: told in one line, without a traceback.
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, SafetensorError, MemoryError, torch.OutOfMemoryError)
@@ -82,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("out", metavar="OUT", help="folder to make")
     quantize.add_argument("--gguf-file", metavar="FILE", help="read this GGUF file of MODEL")
     _add_config_options(quantize)
+    _add_evaluation_options(quantize)
 
     evaluate = _command(commands, "eval", _eval, "perplexity of a model on a text")
     _add_model_options(evaluate)
@@ -93,6 +96,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     info = _command(commands, "info", _info, "sizes, shapes and bits of a checkpoint, from its headers")
     info.add_argument("model", metavar="MODEL", help="folder or hub id")
+
+    report = _command(commands, "report", _report, "draw report.html and report.png of a quantized model again")
+    report.add_argument("out", metavar="OUT", help="output folder of crvq quantize")
+
+    push = _command(commands, "push", _push, "upload a quantized model to the Hugging Face hub, with a model card")
+    push.add_argument("out", metavar="OUT", help="output folder of crvq quantize; a README.md in it is the card")
+    push.add_argument("repository", metavar="USER/NAME", help="repository, made if need be")
+    push.add_argument("--private", action="store_true", default=None, help="make it private")
+    push.add_argument("--token", help="token of the hub; safer are hf auth login, and HF_TOKEN")
+    push.add_argument("--base-model", metavar="ID", help="hub id of what was quantized, where report.json has none")
+    push.add_argument("--dry-run", action="store_true", help="print the card and the files, upload nothing")
 
     generate = _command(commands, "generate", _generate, "let a model write")
     _add_model_options(generate)
@@ -135,6 +149,15 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
             groups[title_of.get(name, "run")].add_argument(f"--{name.replace('_', '-')}", **_option(field))
 
 
+def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation")
+    text = "also measure the perplexity on this UTF-8 text, before and after, for the report"
+    group.add_argument("--evaluate", metavar="FILE", help=text)
+    for name, default, text in (("seqlen", 2048, "tokens per window"), ("windows", 10, "windows at most")):
+        options = {"type": int, "default": default, "metavar": "N", "help": f"{text} (default: {default})"}
+        group.add_argument(f"--evaluate-{name}", **options)
+
+
 def _option(field: dataclasses.Field) -> dict[str, Any]:
     """Returns the arguments of `add_argument` for one field."""
     text = field.metadata["help"].replace("%", "%%")
@@ -155,7 +178,12 @@ def _quantize(args: argparse.Namespace) -> None:
     fields = {name: value for name, value in vars(args).items() if name in FIELDS}
     if fields.get("dataset") == "none":
         fields["dataset"] = None
-    report = convert(args.model, args.out, CRVQConfig(**fields), args.gguf_file)
+    config = CRVQConfig(**fields)
+    if args.evaluate is None:
+        report = convert(args.model, args.out, config, args.gguf_file)
+    else:
+        measurement = Measurement(args.evaluate, args.evaluate_seqlen, args.evaluate_windows, config.device)
+        report = convert_and_measure(args.model, args.out, config, args.gguf_file, measurement)
     print(summary(report))
     print(f"{'checkpoint':<18} {megabytes(read_info(args.out).nbytes)} in {args.out}")
 
@@ -173,11 +201,13 @@ def summary(report: dict[str, Any]) -> str:
         "seconds": f"{sum(report['seconds'].values()):.0f} ({seconds})",
         "peak memory": megabytes(report["peak_memory_bytes"]),
     }
+    if "evaluation" in report:
+        rows["perplexity"] = "{before[value]:.4f} before, {after[value]:.4f} after".format(**report["evaluation"])
     return "\n".join(f"{title:<18} {value}" for title, value in rows.items())
 
 
 def _eval(args: argparse.Namespace) -> None:
-    model, tokenizer = _load(args)
+    model, tokenizer = load(args.model, args.device, args.dtype)
     result = perplexity(model, read_text_tokens(tokenizer, args.text), args.seqlen, args.windows)
     speed = None if args.speed is None else tokens_per_second(model, tokenizer, args.speed)
     if args.json:
@@ -197,10 +227,23 @@ def _info(args: argparse.Namespace) -> None:
     print(describe(read_info(args.model)))
 
 
+def _report(args: argparse.Namespace) -> None:
+    print("\n".join(map(str, draw_report(args.out))))
+
+
+def _push(args: argparse.Namespace) -> None:
+    options = {"base_model": args.base_model, "token": args.token}
+    if args.dry_run:
+        files = prepare(args.out, args.repository, **options)
+        print(card_text(files), *files, sep="\n")
+        return
+    print(push(args.out, args.repository, private=args.private, **options).repo_url)
+
+
 def _generate(args: argparse.Namespace) -> None:
     if args.max_new_tokens < 1:
         raise ValueError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")
-    model, tokenizer = _load(args)
+    model, tokenizer = load(args.model, args.device, args.dtype)
     if tokenizer.chat_template and not args.raw:
         messages = [{"role": "user", "content": args.prompt}]
         tokens = tokenizer.apply_chat_template(
@@ -222,16 +265,6 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> None:
     demo(args.out)
-
-
-def _load(args: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
-    """Returns the model and the tokenizer that the options name, ready to run."""
-    check_source(args.model)
-    device = compute_device(args.device)
-    dtype = args.dtype or ("float32" if device.type == "cpu" else "auto")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-    return model.to(device).eval(), tokenizer
 
 
 def _one_line(error: BaseException, most: int = 600) -> str:

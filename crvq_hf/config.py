@@ -124,6 +124,15 @@ def _anything(name: str, value: Any) -> Any:
     return value
 
 
+def shareable_dataset(dataset: list[str] | str | None) -> str | None:
+    """Returns a `dataset` without the user's texts and folders: how many texts, the last component of a path."""
+    if isinstance(dataset, list):
+        return f"{len(dataset)} texts"
+    if dataset and (os.path.isabs(dataset) or os.path.exists(dataset)):
+        return os.path.basename(os.path.normpath(dataset))
+    return dataset
+
+
 @dataclass(init=False, repr=False, eq=False)
 class CRVQConfig(QuantizationConfigMixin):
     """How a model is, or is to be, quantized with CRVQ.

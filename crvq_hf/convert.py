@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .config import CRVQConfig
 from .gguf_model import load_gguf
+from .hub import licence_in
 from .quantizer import quantize_model
 from .replace import linear_size, quantizable_linears
+from .report import REPORT, UNFINISHED, command_digest, command_of, draw_if_possible, save_report, shareable
 
 logger = logging.getLogger("crvq")
 
-REPORT = "report.json"
-_UNFINISHED = ".crvq-unfinished"  # marks a folder that `convert` was writing and may remove
+_UNFINISHED = UNFINISHED  # such a folder may be removed
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -38,8 +39,9 @@ def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: 
         gguf_file: name of a GGUF file in `source` to read instead of safetensors.
 
     Returns:
-        The pipeline's report (see `quantize_blocks_`), also in `out`/report.json, there with the `command`. Where
-        `out` holds the finished result of the same call, nothing is done and that report returned.
+        The report: the pipeline's (see `quantize_blocks_`) with the `command`, `base_model` and `base_licence`, as in
+        `out`/report.json, drawn in report.html and report.png. Where `out` holds the finished result of the same
+        call, nothing is done and that report returned.
 
     Raises:
         ValueError: there is no such model, it is already quantized, `out` holds something else, there is too little
@@ -47,17 +49,12 @@ def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: 
         OSError: the result cannot be saved; the work folder is kept.
     """
     out = Path(os.path.abspath(out))
-    check_source(source)
-    command = {
-        "model": os.path.abspath(source) if os.path.isdir(source) else source,
-        "gguf_file": gguf_file,
-        "config": config.to_dict(),
-    }
-    finished = _check_out(out, command)
+    finished = finished_report(source, out, config, gguf_file)
     if finished is not None:
         logger.warning("%s is already the finished result of this command; nothing to do.", out)
         return finished
     _check_writable(out.parent)
+    command = command_of(source, gguf_file, config)
     config = copy.copy(config)
     config.work_dir = config.work_dir or f"{out}.work"
     model, tokenizer = load_dense(source, gguf_file)
@@ -70,7 +67,14 @@ def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: 
         if is_new and not (work / "calibration.safetensors").exists():  # nothing in it is worth keeping
             shutil.rmtree(work, ignore_errors=True)
         raise
-    report = {**model.crvq_report, "command": command}
+    report = shareable(
+        {
+            **model.crvq_report,
+            "command": command,
+            "command_digest": command_digest(command),
+            "base_licence": licence_in(source),
+        }
+    )
     try:
         _save(model, tokenizer, report, out)
     except (OSError, SafetensorError) as error:
@@ -81,6 +85,7 @@ def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: 
             "once this is solved, run the same command again."
         ) from error
     shutil.rmtree(work, ignore_errors=True)
+    draw_if_possible(out)  # last: whatever happens to the picture, the result is there
     return report
 
 
@@ -121,12 +126,16 @@ def load_dense(source: str, gguf_file: str | None = None) -> tuple[PreTrainedMod
         return model, None
 
 
-def _check_out(out: Path, command: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the report of a finished result of the same command, None if `out` is free.
+def finished_report(
+    source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: str | None = None
+) -> dict[str, Any] | None:
+    """Returns the report of a finished result of the same call of `convert`, None if `out` is free.
 
     Raises:
-        ValueError: there is something else.
+        ValueError: there is something else in `out`, or there can be no model `source`.
     """
+    check_source(source)
+    out, command = Path(os.path.abspath(out)), command_of(source, gguf_file, config)
     unfinished = _unfinished(out)
     if unfinished.exists() and not (unfinished / _UNFINISHED).is_file():
         raise ValueError(f"{unfinished} is in the way and crvq did not make it; move it or name another output.")
@@ -134,12 +143,12 @@ def _check_out(out: Path, command: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
-        found = report["command"]
+        model = report["command"]["model"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{out} exists and holds something else; name another output, or remove it.") from None
-    if found != json.loads(json.dumps(command)):
+    if report.get("command_digest") != command_digest(command):
         raise ValueError(
-            f"{out} exists and is the result of another command ({found.get('model')} quantized with other settings "
+            f"{out} exists and is the result of another command ({model} quantized with other settings "
             "or another model); name another output, or remove it."
         )
     return report
@@ -184,7 +193,7 @@ def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], out: P
         model.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        (unfinished / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        save_report(unfinished, report)
         (unfinished / _UNFINISHED).unlink()
         os.replace(unfinished, out)
     except BaseException:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Container
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from . import checkpoint
 from .blocks import find_blocks
-from .config import FORMAT_VERSION, QUANT_METHOD, CRVQConfig
+from .config import FORMAT_VERSION, QUANT_METHOD, CRVQConfig, shareable_dataset
 from .experts import UnfusedExperts, find_fused_experts, fuse_experts_, unfuse_experts_
 from .linear import CRVQLinear
 from .replace import is_named_by, linear_size, quantizable_linears, replace_with_crvq_, to_dense
@@ -109,6 +110,7 @@ class CRVQQuantizer(HfQuantizer):
             if isinstance(module, CRVQLinear):
                 module.tile_()
         model.add_model_tags([QUANT_METHOD])
+        model.push_to_hub = partial(_push_to_hub, model)
         self.is_compileable = not any(isinstance(module, UnfusedExperts) for module in model.modules())
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -124,6 +126,7 @@ class CRVQQuantizer(HfQuantizer):
             model.set_submodule(name, to_dense(layer, dtype))
         fuse_experts_(model)
         _mark_quantized(model, False)
+        model.__dict__.pop("push_to_hub", None)
         model._weight_conversions = None  # saved in the layout of the original checkpoint
         model.model_tags = [tag for tag in model.model_tags or [] if tag != QUANT_METHOD]
         return model
@@ -178,6 +181,13 @@ def register() -> None:
     auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*others, CRVQConfig)
 
 
+def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> Any:
+    """Uploads `model` with a model card that tells what was measured; see `hub.push_model` for the options."""
+    from .hub import push_model
+
+    return push_model(model, repo_id, **options)
+
+
 def _quantize(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any = None) -> None:
     """Quantizes `model` in place with the pipeline."""
     from .pipeline import quantize_blocks_
@@ -221,10 +231,7 @@ def _load_tokenizer(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any) 
 def _recorded_config(model: nn.Module, config: CRVQConfig) -> CRVQConfig:
     """Returns the config to store with a quantized model: no runtime fields, no texts or local paths of the user."""
     recorded = CRVQConfig.from_dict(config.to_dict())
-    if isinstance(recorded.dataset, list):
-        recorded.dataset = f"{len(recorded.dataset)} texts"
-    elif recorded.dataset and os.path.exists(recorded.dataset):
-        recorded.dataset = os.path.basename(os.path.normpath(recorded.dataset))
+    recorded.dataset = shareable_dataset(recorded.dataset)
     dense = [
         name
         for name, module in model.named_modules()
