@@ -5,7 +5,7 @@ from typing import Any
 
 from .breakdown import Breakdown, break_down
 from .info import CheckpointInfo
-from .report import ERRORS, REPORT, command_line, facts, kind_rows
+from .report import REPORT, about_errors, command_line, facts, kind_rows
 
 PAPER = "https://arxiv.org/abs/2412.09282"
 
@@ -61,7 +61,7 @@ def _sections(
         f"{original}, its weights quantized to {info.bits_per_weight:.3f} bits each with [CRVQ]({PAPER}) "
         "(channel-relaxed vector quantization) by the transformers plugin `crvq-hf`."
     )
-    yield "## Use\n\n```\npip install crvq-hf\n```\n\n```python\n" + _example(info, repo_id) + "\n```"
+    yield f"## Use\n\n```\npip install crvq-hf\n```\n\n```python\n{_example(repo_id)}\n```\n\nIt is needed to load."
     yield "## Numbers\n\n" + _table([("", ""), *facts(info, report, numbers).items()])
     yield _evaluation(report)
     yield from _layers(numbers, report, picture)
@@ -74,13 +74,12 @@ def _sections(
     yield f"## Licence\n\n{terms} the model that was quantized."
 
 
-def _example(info: CheckpointInfo, repo_id: str) -> str:
+def _example(repo_id: str) -> str:
     """Returns lines of Python that load the model and let it write."""
-    prompt = "The sea is"
     return (
         "from transformers import pipeline\n\n"
         f'generator = pipeline("text-generation", model="{repo_id}")\n'
-        f'print(generator("{prompt}", max_new_tokens=20)[0]["generated_text"])'
+        'print(generator("The sea is", max_new_tokens=20)[0]["generated_text"])'
     )
 
 
@@ -102,7 +101,7 @@ def _layers(numbers: Breakdown, report: dict[str, Any] | None, picture: str | No
     if picture is not None:
         yield f"![errors by layer, bits by block, bytes of the checkpoint, time]({picture})"
     if report is not None:
-        yield f"{ERRORS} All layers are in [{REPORT}]({REPORT})."
+        yield f"{about_errors(report)} All layers are in [{REPORT}]({REPORT})."
     yield _table(kind_rows(numbers.kinds))
 
 

@@ -15,12 +15,13 @@ OWN_BAR = 0.01  # share of the checkpoint from which on a kind of unquantized te
 SMALL = 8  # font size
 
 
-def draw(numbers: Breakdown, title: str, seconds: dict[str, float]) -> bytes:
+def draw(numbers: Breakdown, title: str, errors: str, seconds: dict[str, float]) -> bytes:
     """Returns the picture as a PNG.
 
     Args:
         numbers: of the model.
         title: what stands above it, one line or more.
+        errors: what the errors are.
         seconds: time of the run by phase.
 
     Raises:
@@ -29,29 +30,32 @@ def draw(numbers: Breakdown, title: str, seconds: dict[str, float]) -> bytes:
     from matplotlib import style
 
     with style.context(["default", {"text.parse_math": False}]):  # not the user's own; a $ in a name is a $
-        return _draw(numbers, title, seconds)
+        return _draw(numbers, title, errors, seconds)
 
 
-def _draw(numbers: Breakdown, title: str, seconds: dict[str, float]) -> bytes:
+def _draw(numbers: Breakdown, title: str, errors: str, seconds: dict[str, float]) -> bytes:
     from matplotlib.figure import Figure  # not pyplot, which would want a display
 
     lines = title.count("\n") + 1
     rows = _bars_of_bytes(numbers)
-    heights = [0.22 * lines + 0.1, 0.26 * len(numbers.kinds) + 0.75, 2.0, 0.23 * max(len(rows), len(seconds)) + 0.5]
+    bars = max(len(rows), len(seconds))
+    heights = [0.22 * lines + 0.1, 0.26 * len(numbers.kinds) + 0.75, 2.0, 0.23 * bars + 0.5]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.9), dpi=DPI, layout="constrained")
     parts = figure.subfigures(4, 1, height_ratios=heights)
     parts[0].text(0.01, 0.5, title, ha="left", va="center", fontsize=10)
-    _draw_errors(parts[1], numbers)
+    _draw_errors(parts[1], numbers, errors)
     _draw_bits(parts[2].subplots(), numbers)
     left, right = parts[3].subplots(1, 2)
     _draw_bytes(left, rows, numbers.file_bytes)
     _draw_seconds(right, seconds)
+    for axes in (left, right):
+        axes.set_ylim(bars - 0.5, -0.5)  # bars of the same thickness, from the top
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
 
 
-def _draw_errors(part: Any, numbers: Breakdown) -> None:
+def _draw_errors(part: Any, numbers: Breakdown, errors: str) -> None:
     """Draws the heat map: kinds of layers by blocks."""
     axes = part.subplots()
     known = [error for row in numbers.errors for error in row if not math.isnan(error)]
@@ -67,7 +71,7 @@ def _draw_errors(part: Any, numbers: Breakdown) -> None:
                 if not math.isnan(error):
                     axes.text(x, y, f"{error:.3f}", ha="center", va="center", fontsize=SMALL, color=color)
     several = f", mean of up to {numbers.per_cell} experts" if numbers.per_cell > 1 else ""
-    axes.set_title(f"Relative squared output error by layer, before fine-tuning{several}", fontsize=10, loc="left")
+    axes.set_title(f"{errors}{several}", fontsize=10, loc="left")
     axes.set_xlabel("block", fontsize=SMALL)
     part.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize=SMALL)
 
@@ -115,7 +119,6 @@ def _draw_bars(axes: Any, names: list[str], values: list[float], labels: list[st
     bars = axes.barh(range(len(names)), values, color=colors, height=0.7)
     axes.bar_label(bars, labels, fontsize=SMALL, padding=3)
     axes.set_yticks(range(len(names)), names, fontsize=SMALL)
-    axes.invert_yaxis()
     axes.set_xticks([])
     axes.margins(x=0.45)
     axes.spines[["top", "right", "bottom"]].set_visible(False)

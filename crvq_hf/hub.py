@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +13,15 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from .card import model_card
+from .linear import CRVQLinear
 from .report import PICTURE, REPORT, command_of, read_quantized, write_report
 
 logger = logging.getLogger("crvq")
 
 CARD = "README.md"
 LICENCE_FIELDS = ("license", "license_name", "license_link")
-# What decides which weights are loaded: of an earlier push nothing of it may stay.
-_WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+# Of an earlier push none of these may stay: a single file there would be loaded in place of new shards.
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def push(
@@ -31,8 +33,9 @@ def push(
     token: str | bool | None = None,
     tags: list[str] | None = None,
     revision: str | None = None,
+    create_pr: bool = False,
     commit_message: str | None = None,
-    **commit: Any,
+    commit_description: str | None = None,
 ) -> Any:
     """Uploads a CRVQ model in one commit, with a model card.
 
@@ -45,8 +48,9 @@ def push(
         token: of the hub; by default the one of `hf auth login` or `HF_TOKEN`.
         tags: for the card, beside "crvq" and "quantized".
         revision: branch, made if need be; the main one by default.
-        commit_message: of the commit.
-        commit: further arguments of `HfApi.create_commit`: `create_pr`, `commit_description`.
+        create_pr: open a pull request instead of changing the branch.
+        commit_message: first line of the commit's message.
+        commit_description: the rest of it.
 
     Returns:
         The `CommitInfo` of huggingface_hub.
@@ -69,15 +73,16 @@ def push(
     if private and not found.private:
         raise ValueError(f"{repo_id} exists and is public; make it private on the hub, or name another.")
     there = [file.rfilename for file in found.siblings or []]
-    stale = [name for name in there if name.endswith(_WEIGHT_FILES) and name not in files]
+    stale = [name for name in there if _WEIGHTS.fullmatch(name) and name not in files]
     additions = [CommitOperationAdd(name, content) for name, content in files.items()]
     with _explained(repo_id, api.endpoint):
         return api.create_commit(
             repo_id,
             [*additions, *(CommitOperationDelete(name) for name in stale)],
             commit_message=commit_message or "Upload CRVQ model",
+            commit_description=commit_description,
             revision=revision,
-            **commit,
+            create_pr=create_pr,
         )
 
 
@@ -196,18 +201,19 @@ def _tokenizer_of(source: str) -> Any:
 
 
 def _report_of(model: PreTrainedModel) -> dict[str, Any] | None:
-    """Returns the report of a model in memory, None if it is not known how it was made.
+    """Returns the report of a model in memory, None if there is none that fits.
 
     A model loaded from a folder may have been trained since, so that what was measured there counts no more.
     """
+    layers = {name for name, module in model.named_modules() if isinstance(module, CRVQLinear)}
     report, source = getattr(model, "crvq_report", None), model.name_or_path
     if report is not None:
         command = command_of(source, None, model.config.quantization_config)
         return {**report, "command": command, "base_licence": licence_in(source)} if source else report
-    if not os.path.isdir(source):
+    report = read_quantized(Path(source))[1] if os.path.isdir(source) else None
+    if report is None or report["layers"].keys() != layers:  # another class names its layers differently
         return None
-    report = read_quantized(Path(source))[1]
-    if report is not None and report.pop("evaluation", None) is not None:
+    if report.pop("evaluation", None) is not None:
         logger.warning("The card will not quote what was measured of %s; crvq push %s does.", source, source)
     return report
 
@@ -230,13 +236,13 @@ def _explained(repo_id: str, endpoint: str) -> Iterator[None]:
         elif status == 404:
             reason = f"The hub has no {repo_id} that this token may see; check the name and the token"
         elif status is not None:
-            reason = f"The hub answered {status} for {repo_id} ({said}); nothing was changed, try again"
+            reason = f"The hub answered {status} for {repo_id} ({said}); nothing was committed, try again"
         elif isinstance(error, ValueError):
-            reason = f"{_first(error)}; nothing was changed"
+            reason = f"{_first(error)}; nothing was committed"
         elif isinstance(error, OfflineModeIsEnabled):
             reason = f"HF_HUB_OFFLINE is set, so {endpoint} is not asked; unset it to push"
         else:
-            reason = f"{endpoint} cannot be reached ({said}); nothing was changed, try again"
+            reason = f"{endpoint} cannot be reached ({said}); nothing was committed, try again"
         raise OSError(f"{reason}.") from error
 
 

@@ -55,11 +55,12 @@ def convert_and_measure(
     """
     text = Path(measurement.text)
     wanted = {"seqlen": measurement.seqlen, "most_windows": measurement.windows, "text_sha256": _sha256(text)}
-    found = (finished_report(source, out, config, gguf_file) or {}).get("evaluation", {})
+    finished = finished_report(source, out, config, gguf_file)
+    found = (finished or {}).get("evaluation", {})
     if all(found.get(key) == value for key, value in wanted.items()):
         return convert(source, out, config, gguf_file)
     before = _measure(source, gguf_file, measurement)
-    report = convert(source, out, config, gguf_file)
+    report = finished or convert(source, out, config, gguf_file)
     after = _measure(os.fspath(out), None, measurement)
     windows = ["--seqlen", str(measurement.seqlen), "--windows", str(measurement.windows)]
     evaluation = {

@@ -26,10 +26,6 @@ REPORT = "report.json"
 PICTURE = "report.png"
 PAGE = "report.html"
 UNFINISHED = ".crvq-unfinished"  # marks a folder that `convert` is still writing
-ERRORS = (
-    "Errors are those of a layer's output on the calibration tokens, squared, relative to the output, when the layer "
-    "was quantized, before any fine-tuning."
-)
 _CACHED = re.compile(r"models--(.+)/snapshots/[^/]+")  # where the hub client keeps a downloaded model
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -118,7 +114,8 @@ def draw_report(folder: str | os.PathLike) -> list[Path]:
             "crvq_hf.report.write_report(folder, model.crvq_report)."
         )
     numbers = break_down(info, report)
-    picture = draw(numbers, headline(info, report, numbers), report["seconds"])
+    errors = f"Relative squared error of the {_measured(report)}, before fine-tuning"
+    picture = draw(numbers, headline(info, report, numbers), errors, report["seconds"])
     _write(folder / PICTURE, picture)
     _write(folder / PAGE, _page(info, report, numbers, picture).encode())
     return [folder / PAGE, folder / PICTURE]
@@ -212,6 +209,17 @@ def facts(info: CheckpointInfo, report: dict[str, Any] | None, numbers: Breakdow
     return rows
 
 
+def _measured(report: dict[str, Any]) -> str:
+    """Returns what the errors of a report are those of."""
+    return "layers' output" if report["calibration_tokens"] else "weights"
+
+
+def about_errors(report: dict[str, Any]) -> str:
+    """Returns a sentence on what the errors of a report are."""
+    of = "of a layer's output on the calibration tokens" if report["calibration_tokens"] else "of a layer's weights"
+    return f"Errors are squared differences {of}, relative to these, before any fine-tuning."
+
+
 def kind_rows(kinds: list[Kind]) -> list[tuple[str, ...]]:
     """Returns a header and one row of text per kind of layer."""
     titles = ("layers", "count", "bits per weight", "mean error", "worst error", "in")
@@ -249,7 +257,7 @@ def _page(info: CheckpointInfo, report: dict[str, Any], numbers: Breakdown, pict
             f"<table>\n{''.join(rows)}\n</table>",
             *(f"<p><code>{_e(command)}</code></p>" for command in commands if command),
             f'<img alt="errors, bits, bytes and time" src="data:image/png;base64,{image}">',
-            f"<h2>Kinds of layers</h2>\n<p>{_e(ERRORS)} All layers are in {REPORT}.</p>",
+            f"<h2>Kinds of layers</h2>\n<p>{_e(about_errors(report))} All layers are in {REPORT}.</p>",
             f"<table>\n<tr>{_cells(head, 'th')}</tr>",
             *(f"<tr>{_cells(row, 'td')}</tr>" for row in body),
             "</table>\n</body>\n</html>\n",

@@ -59,6 +59,10 @@ class Page(html.parser.HTMLParser):
         self.feed(text)
         assert self.open == []
 
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts)
+
     def handle_starttag(self, tag, attributes):
         self.sources += [value for name, value in attributes if name in ("src", "href")]
         if tag not in VOID:
@@ -78,7 +82,7 @@ def picture_of(folder) -> Image.Image:
 def errors_shown(monkeypatch) -> list:
     """Returns a list that gets the numbers of every picture drawn from now on."""
     shown, draw = [], figures._draw_errors
-    monkeypatch.setattr(figures, "_draw_errors", lambda part, numbers: shown.append(numbers) or draw(part, numbers))
+    monkeypatch.setattr(figures, "_draw_errors", lambda part, *args: shown.append(args[0]) or draw(part, *args))
     return shown
 
 
@@ -173,7 +177,7 @@ def test_page_and_picture(made):
     page = Page((out / "report.html").read_text(encoding="utf-8"))
     (source,) = page.sources  # nothing is fetched from elsewhere
     assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == (out / "report.png").read_bytes()
-    text = " ".join(page.texts)
+    text = page.text
     assert f"{report['bits_per_weight']:.4f}" in text and "not measured" in text
     assert command_line(report) in text and "model.layers.1.mlp.down_proj" in text
     assert command_line(report) == (
@@ -217,6 +221,14 @@ def test_drawing_again_and_what_is_in_the_way(out, tmp_path, capsys):
     assert "has no report.json, so there is nothing to draw" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none")]) == 2
     assert "There is no folder" in capsys.readouterr().err
+
+
+def test_without_text_the_errors_are_those_of_the_weights(made, tmp_path):
+    with_text, without = made[1], save_random(tmp_path / "out", tiny_model())
+    report = json.loads((without / "report.json").read_text()) | {"calibration_tokens": 0}
+    write_report(without, report)
+    assert "of a layer's output on the calibration tokens" in Page((with_text / "report.html").read_text()).text
+    assert "of a layer's weights" in Page((without / "report.html").read_text()).text
 
 
 def test_a_model_in_memory_has_one_too(tmp_path):
