@@ -61,7 +61,8 @@ def _sections(
         f"{original}, its weights quantized to {info.bits_per_weight:.3f} bits each with [CRVQ]({PAPER}) "
         "(channel-relaxed vector quantization) by the transformers plugin `crvq-hf`."
     )
-    yield f"## Use\n\n```\npip install crvq-hf\n```\n\n```python\n{_example(repo_id)}\n```\n\nIt is needed to load."
+    yield "## Use\n\n```\npip install crvq-hf\n```\n\nNothing of it has to be imported:"
+    yield f"```python\n{_example(repo_id)}\n```"
     yield "## Numbers\n\n" + _table([("", ""), *facts(info, report, numbers).items()])
     yield _evaluation(report)
     yield from _layers(numbers, report, picture)
