@@ -14,17 +14,19 @@ from transformers.utils import logging as transformers_logging
 from .config import CRVQConfig
 
 _HUB_DATASETS = ("wikitext2", "c4")
+# Sequences of end-to-end fine-tuning over `nsamples`, where the config leaves their number open.
+OPEN_E2E_FACTOR = 4
 # Sequences sampled together when the model writes its own text.
 _WRITING_BATCH = 32
 
 
 def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> Tensor | None:
-    """Returns the calibration tokens, `[nsamples, seqlen]`, int64, on the CPU; None for `dataset=None`.
+    """Returns the calibration tokens, `[sequences, seqlen]`, int64, on the CPU; None for `dataset=None`.
 
     Args:
         model: the full-precision model; it writes the text when `dataset` is `"self"`.
         tokenizer: a transformers tokenizer; not needed for `"self"` and None.
-        config: its `dataset`, `nsamples`, `seqlen` and `seed` are used.
+        config: its `dataset`, `seqlen`, `seed` and what `num_sequences` counts are used.
 
     Raises:
         ValueError: no tokenizer, no such file or dataset, too little text, or sequences longer than the model takes.
@@ -35,12 +37,27 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> 
     if longest is not None and config.seqlen > longest:
         raise ValueError(f"seqlen={config.seqlen} is more than the {longest} tokens the model takes; lower seqlen.")
     if config.dataset == "self":
-        return self_written_tokens(model, config.nsamples, config.seqlen, config.seed)
+        return self_written_tokens(model, num_sequences(config), config.seqlen, config.seed)
     if tokenizer is None:
         raise ValueError(f"dataset={config.dataset!r:.80} is text and needs a tokenizer; pass tokenizer=...")
     if config.dataset in _HUB_DATASETS and not Path(config.dataset).exists():
         return _hub_tokens(config.dataset, tokenizer, config)
     return _windows(_read(config.dataset), tokenizer, config)
+
+
+def num_sequences(config: CRVQConfig, available: int | None = None) -> int:
+    """Returns how many calibration sequences a run needs: as many as the step that uses most of them.
+
+    Args:
+        config: its `nsamples`, `e2e_nsamples` and `e2e_finetune_epochs` are used.
+        available: how many sequences the text has; counts only where the config leaves the number open.
+    """
+    if not config.e2e_finetune_epochs:
+        return config.nsamples
+    if config.e2e_nsamples:
+        return max(config.nsamples, config.e2e_nsamples)
+    wanted = OPEN_E2E_FACTOR * config.nsamples
+    return wanted if available is None else max(config.nsamples, min(wanted, available))
 
 
 def _read(dataset: str | list[str]) -> str:
@@ -68,16 +85,18 @@ def _read(dataset: str | list[str]) -> str:
 
 
 def _windows(text: str, tokenizer: Any, config: CRVQConfig) -> Tensor:
-    """Returns `nsamples` non-overlapping windows of the text's tokens, drawn at random."""
+    """Returns `num_sequences` non-overlapping windows of the text's tokens, drawn at random."""
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     available = len(tokens) // config.seqlen
-    if available < config.nsamples:
+    needed = num_sequences(config, available)
+    if available < needed:
+        field = "nsamples" if needed == config.nsamples else "e2e_nsamples"
         raise ValueError(
-            f"The calibration text has {len(tokens)} tokens, but nsamples={config.nsamples} of seqlen={config.seqlen} "
-            f"need {config.nsamples * config.seqlen}; give more text or lower nsamples or seqlen."
+            f"The calibration text has {len(tokens)} tokens, but {field}={needed} of seqlen={config.seqlen} "
+            f"need {needed * config.seqlen}; give more text or lower {field} or seqlen."
         )
     generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(available, generator=generator)[: config.nsamples]
+    chosen = torch.randperm(available, generator=generator)[:needed]
     return tokens[: available * config.seqlen].view(available, config.seqlen)[chosen]
 
 
@@ -104,7 +123,7 @@ def _hub_tokens(name: str, tokenizer: Any, config: CRVQConfig) -> Tensor:
     try:
         with _kept_random_state():  # the loader seeds all of them
             samples = get_dataset(
-                name, tokenizer, nsamples=config.nsamples, seqlen=config.seqlen, seed=config.seed, split="train"
+                name, tokenizer, nsamples=num_sequences(config), seqlen=config.seqlen, seed=config.seed, split="train"
             )
     except Exception as error:  # whatever datasets, the hub client or the network raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())

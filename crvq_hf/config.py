@@ -162,11 +162,14 @@ class CRVQConfig(QuantizationConfigMixin):
         "calibration text: 'self' (written by the model), 'wikitext2', 'c4', a path, a list of texts, or None",
         _dataset,
     )
-    nsamples: int = _option(128, "calibration sequences", _integer(1))
+    nsamples: int = _option(128, "calibration sequences for fitting and tuning block by block", _integer(1))
     seqlen: int = _option(512, "tokens per calibration sequence", _integer(1))
     seed: int = _option(0, "seed of everything random", _integer(0))
     block_finetune_epochs: int = _option(1, "epochs of fine-tuning after each block, 0 switches it off", _integer(0))
-    e2e_finetune_epochs: int = _option(2, "epochs of end-to-end fine-tuning, 0 switches it off", _integer(0))
+    e2e_finetune_epochs: int = _option(1, "epochs of end-to-end fine-tuning, 0 switches it off", _integer(0))
+    e2e_nsamples: int = _option(
+        0, "calibration sequences for end-to-end fine-tuning; 0: 4 times nsamples, or what the text has", _integer(0)
+    )
     modules_to_not_convert: list[str] | None = _option(None, "names or regexes of modules to leave dense", _names)
     tokenizer: Any = _option(None, "tokenizer, or its name; None takes the model's own", _anything, stored=False)
     device: str | torch.device | None = _option(

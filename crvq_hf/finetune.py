@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .linear import CRVQLinear
 from .quantized_weight import QuantizedWeight
-from .search import assemble, scatter
+from .search import assemble
 
 # Tokens whose distributions over the vocabulary exist at a time.
 _DIVERGENCE_TOKENS = 64
@@ -24,23 +24,49 @@ _DIVERGENCE_TOKENS = 64
 class _Reconstruct(torch.autograd.Function):
     """Dense weight `[N, K]`, channels in their original order, from codebooks and scales.
 
-    The backward scatters the gradient onto the codewords in use; no row of codewords is kept apart.
+    The backward sums the gradient over the groups that each codeword serves; no row of codewords is kept apart.
     """
 
     @staticmethod
-    def forward(ctx, codebooks: Tensor, scales: Tensor, codes: Tensor, order: Tensor, critical: int) -> Tensor:
-        codes, order = codes.int(), order.long()
-        unscaled = assemble(codebooks, codes, critical)
-        ctx.save_for_backward(unscaled, scales, codes, order)
-        ctx.shape, ctx.critical = codebooks.shape, critical
+    def forward(
+        ctx, codebooks: Tensor, scales: Tensor, codes: Tensor, order: Tensor, critical: int, served: tuple[Tensor, ...]
+    ) -> Tensor:
+        order = order.long()
+        unscaled = assemble(codebooks, codes.int(), critical)
+        ctx.save_for_backward(unscaled, scales, order, *served)
+        ctx.shape = codebooks.shape
         return (unscaled * scales[:, None]).index_select(1, order.argsort())
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        unscaled, scales, codes, order = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        unscaled, scales, order, groups, first = ctx.saved_tensors
         grad = grad.index_select(1, order)
-        codebooks = scatter(grad * scales[:, None], codes, ctx.shape, ctx.critical)
-        return codebooks, (grad * unscaled).sum(1), None, None, None
+        rows = (grad * scales[:, None]).view(-1, ctx.shape[-1])
+        codebooks = F.embedding_bag(groups, rows, first, mode="sum").view(ctx.shape)
+        return codebooks, (grad * unscaled).sum(1), None, None, None, None
+
+
+def groups_served(codes: Tensor, num_codebooks: int, codebook_size: int, critical: int) -> tuple[Tensor, Tensor]:
+    """Returns the groups that each codeword serves, one codeword after the other.
+
+    Args:
+        codes: `[N, V]`.
+        num_codebooks: 1 + E.
+        codebook_size: C.
+        critical: Gc.
+
+    Returns:
+        Indices into the `N * K/d` groups of the weight, `[N * V]`, int32, and where those of each codeword start,
+        `[(1 + E) * C]`, int32.
+    """
+    n, device = len(codes), codes.device
+    num_groups = codes.shape[1] - (num_codebooks - 1) * critical
+    columns = [torch.arange(num_groups, device=device)] + [torch.arange(critical, device=device)] * (num_codebooks - 1)
+    books = torch.arange(num_codebooks, device=device).repeat_interleave(torch.tensor([len(c) for c in columns]))
+    codeword = (codes.long() + codebook_size * books).flatten()
+    group = (torch.arange(n, device=device)[:, None] * num_groups + torch.cat(columns)).flatten()
+    counts = torch.bincount(codeword, minlength=num_codebooks * codebook_size)
+    return group[codeword.argsort(stable=True)].int(), (counts.cumsum(0) - counts).int()
 
 
 class _Divergence(torch.autograd.Function):
@@ -88,13 +114,19 @@ class TunableLinear(nn.Module):
         self.register_buffer("start_scales", stored.scales.float() * size, persistent=False)
         self.register_buffer("codes", unpack_codes(stored.codes, stored.nbits, stored.num_virtual_groups), False)
         self.register_buffer("channel_order", stored.channel_order, persistent=False)
+        groups, first = groups_served(self.codes, *codebooks.shape[:2], stored.num_critical_groups)
+        self.register_buffer("groups", groups, persistent=False)
+        self.register_buffer("first_group", first, persistent=False)
         self.bias, self.conv1d = linear.bias, linear.conv1d
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `[..., N]` for `x` `[..., K]`."""
         scales = self.start_scales * self.relative_scales
-        weight = _Reconstruct.apply(self.codebooks, scales, self.codes, self.channel_order, self.num_critical_groups)
+        served = self.groups, self.first_group
+        weight = _Reconstruct.apply(
+            self.codebooks, scales, self.codes, self.channel_order, self.num_critical_groups, served
+        )
         return F.linear(x, weight, self.bias)
 
     @torch.no_grad()

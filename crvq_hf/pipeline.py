@@ -7,6 +7,8 @@ quantized model, the inputs that every layer is calibrated on, so that later lay
 import hashlib
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from .blocks import BlockRunner, find_blocks, for_each_input, kind_of, linear_stages
+from .blocks import BlockRunner, FastAttention, find_blocks, for_each_input, kind_of, linear_stages
 from .calibration import calibration_tokens
 from .config import CRVQConfig
 from .device import compute_device, has_fast_bfloat16, mixed_precision, peak_memory_bytes
@@ -35,10 +37,11 @@ from .workfolder import WorkFolder
 logger = logging.getLogger("crvq")
 
 # Found by measurement on SmolLM2-135M (benchmarks/LOG.md).
+MEMORY_SHARE = 0.25  # of free memory for the full-precision model's hidden states; beyond it they go to the disk
 RUN_TOKENS = 2048  # tokens that go through a block at once
 BLOCK_STEP_TOKENS = 512  # tokens of one step of block fine-tuning: many small steps beat few large ones
 BLOCK_LEARNING_RATE = 8e-3
-E2E_STEP_TOKENS = 1024
+E2E_STEP_TOKENS = 512
 E2E_LEARNING_RATE = 2e-3
 
 
@@ -76,9 +79,15 @@ class _Run:
         """Adds the time since `start` to a phase."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """Runs what is inside as blocks are run and trained in this run."""
+        with mixed_precision(self.device, self.bfloat16), FastAttention():
+            yield
+
     def run_block(self, index: int, hidden: Tensor) -> Tensor:
         """Returns the output of a block that is on the compute device, fp32."""
-        with mixed_precision(self.device, self.bfloat16):
+        with self.precision():
             return self.runner.run(index, hidden.to(self.device, torch.float32), self.device).float()
 
 
@@ -93,11 +102,12 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
     Returns:
         The report, JSON-able, also left at `model.crvq_report`: `bits_per_weight` (stored bits over the quantized
         layers, order counted), `layers` (`relative_error`, `bits_per_weight`, `seconds` by name), `seconds` by phase,
-        `calibration_tokens`, `activation_bytes`, `peak_memory_bytes`, `e2e_loss`.
+        `calibration_tokens` and `e2e_tokens` (how many were used before and in end-to-end fine-tuning),
+        `activation_bytes`, `peak_memory_bytes`, `e2e_loss`.
 
     Raises:
         ValueError: no layer to quantize, no usable calibration text, NaN in weights or activations, a work folder of
-            another run, too little memory for the activations.
+            another run, too little memory or disk for the activations.
     """
     device = compute_device(config.device)
     blocks_name, blocks = find_blocks(model)
@@ -126,8 +136,8 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
 
 def _quantize(run: _Run, tokens: Tensor | None) -> dict[str, Any]:
     """Quantizes all blocks, then fine-tunes end to end; returns the report."""
-    full = None if tokens is None else _embed(run, tokens)
-    quantized = None if full is None else full.clone()
+    full, quantized = (None, None) if tokens is None else _embed(run, tokens)
+    activation_bytes = 0 if full is None else full.nbytes + quantized.nbytes
     finished = sum(run.work.has(_block_file(index)) for index in range(len(run.blocks)))
     if finished:
         logger.info("%d of %d blocks are finished already; going on from there.", finished, len(run.blocks))
@@ -138,15 +148,18 @@ def _quantize(run: _Run, tokens: Tensor | None) -> dict[str, Any]:
             _tell(run, index)
         bar.set_postfix_str(f"{_bits(run):.3f} bits")
     del quantized
-    losses = None
+    losses, e2e_tokens = None, 0
     if tokens is not None and run.config.e2e_finetune_epochs:
-        losses = _finetune_end_to_end(run, tokens, full)
+        part = slice(run.config.e2e_nsamples or len(tokens))
+        e2e_tokens = tokens[part].numel()
+        losses = _finetune_end_to_end(run, tokens[part], full[part])
     return {
         "bits_per_weight": _bits(run),
         "layers": run.layers,
         "seconds": run.seconds,
-        "calibration_tokens": 0 if tokens is None else tokens.numel(),
-        "activation_bytes": 0 if full is None else 2 * full.nbytes,
+        "calibration_tokens": 0 if tokens is None else tokens[: run.config.nsamples].numel(),
+        "e2e_tokens": e2e_tokens,
+        "activation_bytes": activation_bytes,
         "peak_memory_bytes": peak_memory_bytes(),
         "e2e_loss": losses,
     }
@@ -178,23 +191,34 @@ def _batches(samples: Tensor, batch_tokens: int = RUN_TOKENS) -> tuple[Tensor, .
     return samples.split(max(1, batch_tokens // samples.shape[1]))
 
 
-def _embed(run: _Run, tokens: Tensor) -> Tensor:
-    """Returns what the first block receives, `[nsamples, seqlen, hidden_size]`, in the model's dtype, on the CPU.
+def _embed(run: _Run, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what the first block receives, twice, in the model's dtype, on the CPU.
+
+    Returns:
+        For all `tokens`, `[sequences, seqlen, hidden_size]`, on the disk if large; for the first `nsamples` of them.
 
     Raises:
-        ValueError: two such streams do not fit in memory.
+        ValueError: they do not fit in memory or on the disk.
     """
-    width = run.model.config.get_text_config().hidden_size
-    needed = 2 * tokens.numel() * width * run.model.dtype.itemsize
+    width, dtype = run.model.config.get_text_config().hidden_size, run.model.dtype
+    first = tokens[: run.config.nsamples]
+    needed, more = (t.numel() * width * dtype.itemsize for t in (first, tokens))
     available = psutil.virtual_memory().available
-    logger.info("Calibration activations take %.2f GB.", needed / 1e9)
+    on_disk = more > MEMORY_SHARE * available
+    needed += 0 if on_disk else more
+    where = f"{needed / 1e9:.2f} GB of memory" + (f" and {more / 1e9:.2f} GB of the disk" if on_disk else "")
+    logger.info("Calibration activations take %s.", where)
     if needed > 0.9 * available:
         raise ValueError(
-            f"The activations of {tokens.numel()} calibration tokens need {needed / 1e9:.1f} GB of memory, "
+            f"The activations of {first.numel()} calibration tokens need {needed / 1e9:.1f} GB of memory, "
             f"{available / 1e9:.1f} GB are free; lower nsamples or seqlen."
         )
+    shape = (*tokens.shape, width)
+    full = run.work.scratch(shape, dtype) if on_disk else torch.empty(shape, dtype=dtype)
     run.runner = BlockRunner(run.model)
-    return torch.cat([run.runner.embed(batch).cpu() for batch in _batches(tokens)])
+    for batch, place in zip(_batches(tokens), _batches(full), strict=True):
+        place.copy_(run.runner.embed(batch))
+    return full, full[: len(first)].clone()
 
 
 def _advance(run: _Run, index: int, full: Tensor | None, quantized: Tensor | None) -> None:
@@ -207,7 +231,7 @@ def _advance(run: _Run, index: int, full: Tensor | None, quantized: Tensor | Non
         _move_stream(run, index, full)
     saved = run.work.load(name)
     if saved is None:
-        _quantize_block(run, index, quantized, full)
+        _quantize_block(run, index, quantized, None if full is None else full[: len(quantized)])
         _restore_dtypes(block, dtypes)
         lines = {key: run.layers[f"{run.blocks_name}.{index}.{key}"] for key in run.linears[index]}
         run.work.save(name, _tunable_state(block), lines)
@@ -234,7 +258,14 @@ def _move_stream(run: _Run, index: int, stream: Tensor) -> None:
 
 
 def _quantize_block(run: _Run, index: int, inputs: Tensor | None, targets: Tensor | None) -> None:
-    """Quantizes the linears of a block stage by stage, each on what the quantized ones before it leave, then tunes."""
+    """Quantizes the linears of a block stage by stage, each on what the quantized ones before it leave, then tunes.
+
+    Args:
+        run: the run.
+        index: which block.
+        inputs: what the quantized blocks before it hand on, `[nsamples, seqlen, hidden_size]`; None: weights only.
+        targets: the full-precision model's hidden states after it, for as many sequences.
+    """
     block, names = run.blocks[index], run.linears[index]
     if inputs is None:
         for name in names:
@@ -381,7 +412,7 @@ def _finetune_end_to_end(run: _Run, tokens: Tensor, hidden: Tensor) -> dict[str,
         epochs=run.config.e2e_finetune_epochs,
         peak=E2E_LEARNING_RATE,
         seed=run.config.seed,
-        precision=lambda: mixed_precision(run.device, run.bfloat16),
+        precision=run.precision,
         work=run.work,
     )
     _restore_dtypes(run.model, dtypes)

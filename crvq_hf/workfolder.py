@@ -1,10 +1,13 @@
 """The work folder: what a run has finished, on disk, so that a killed run continues where it was."""
 
 import json
+import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -104,6 +107,26 @@ class WorkFolder:
             return load_file(file), note
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}); delete it to compute it again.") from error
+
+    def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Returns a tensor of zeros that lives in a file of this folder instead of in memory.
+
+        The file goes with the tensor, or with the process, however it ends.
+
+        Raises:
+            ValueError: there is no room on the disk.
+        """
+        size, free = math.prod(shape) * dtype.itemsize, shutil.disk_usage(self.path).free
+        if size > free:
+            raise ValueError(
+                f"{size / 1e9:.1f} GB of activations do not fit on the disk of {self.path}, {free / 1e9:.1f} GB are "
+                "free; lower e2e_nsamples or seqlen, or name a folder elsewhere with work_dir."
+            )
+        temporary = self.path / "scratch.tmp"
+        temporary.unlink(missing_ok=True)
+        tensor = torch.from_file(str(temporary), shared=True, size=math.prod(shape), dtype=dtype)
+        temporary.unlink()  # what is mapped stays until it is let go
+        return tensor.view(shape)
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"

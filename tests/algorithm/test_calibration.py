@@ -10,7 +10,7 @@ from tiny import TEXT, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from crvq_hf import CRVQConfig
-from crvq_hf.calibration import calibration_tokens
+from crvq_hf.calibration import calibration_tokens, num_sequences
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def tokenizer():
 
 
 def config(**fields) -> CRVQConfig:
-    return CRVQConfig(**{"nsamples": 5, "seqlen": 16} | fields)
+    return CRVQConfig(**{"nsamples": 5, "seqlen": 16, "e2e_finetune_epochs": 0} | fields)
 
 
 @pytest.fixture
@@ -66,6 +66,31 @@ def test_all_windows_can_be_asked_for(model, tokenizer, file):
     assert sorted(map(tuple, tokens.tolist())) == sorted(everything)
     with pytest.raises(ValueError, match="give more text or lower nsamples or seqlen"):
         calibration_tokens(model, tokenizer, config(dataset=file, nsamples=len(everything) + 1))
+
+
+@pytest.mark.parametrize(
+    ("fields", "available", "expected"),
+    [
+        ({"e2e_finetune_epochs": 0, "e2e_nsamples": 9}, None, 5),
+        ({"e2e_nsamples": 9}, None, 9),
+        ({"e2e_nsamples": 9}, 7, 9),  # asked for, so told when the text is too short
+        ({"e2e_nsamples": 3}, None, 5),
+        ({}, None, 20),
+        ({}, 7, 7),
+        ({}, 3, 5),
+    ],
+    ids=str,
+)
+def test_as_many_sequences_as_the_hungriest_step_wants(fields, available, expected):
+    assert num_sequences(config(**{"e2e_finetune_epochs": 1} | fields), available) == expected
+
+
+def test_end_to_end_fine_tuning_has_the_sequences_of_the_blocks_and_more(model, tokenizer, file):
+    few = calibration_tokens(model, tokenizer, config(dataset=file))
+    more = calibration_tokens(model, tokenizer, config(dataset=file, e2e_finetune_epochs=1, e2e_nsamples=9))
+    assert more.shape == (9, 16) and torch.equal(more[:5], few)
+    with pytest.raises(ValueError, match=r"e2e_nsamples=9999 of seqlen=16 need .* lower e2e_nsamples or seqlen"):
+        calibration_tokens(model, tokenizer, config(dataset=file, e2e_finetune_epochs=1, e2e_nsamples=9999))
 
 
 def test_a_list_of_texts(model, tokenizer):

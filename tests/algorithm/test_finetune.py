@@ -18,6 +18,7 @@ from crvq_hf.finetune import (
     _Reconstruct,
     distillation_loss,
     finetune_block_,
+    groups_served,
     learning_rate,
     relative_loss,
     shuffled,
@@ -83,7 +84,8 @@ def test_reconstruction_and_its_gradient_are_the_definition(d, extended, critica
     codes = torch.randint(size, (n, groups + extended * critical), dtype=torch.uint8)
     order = torch.randperm(groups * d).to(torch.int16)
     upstream = torch.randn(n, groups * d, dtype=dtype)
-    found = _Reconstruct.apply(codebooks, scales, codes, order, critical)
+    served = groups_served(codes, 1 + extended, size, critical)
+    found = _Reconstruct.apply(codebooks, scales, codes, order, critical, served)
     wanted = reconstruct_by_definition(codebooks, scales, codes, order, critical)
     torch.testing.assert_close(found, wanted)
     gradients = [torch.autograd.grad((w * upstream).sum(), (codebooks, scales)) for w in (found, wanted)]
@@ -95,7 +97,18 @@ def test_reconstruction_gradcheck():
     codebooks = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
     scales = torch.randn(5, dtype=torch.float64, requires_grad=True)
     codes, order = torch.randint(4, (5, 3 + 2 * 2)), torch.randperm(12)
-    assert torch.autograd.gradcheck(lambda c, s: _Reconstruct.apply(c, s, codes, order, 2), (codebooks, scales))
+    served = groups_served(codes, 3, 4, 2)
+    assert torch.autograd.gradcheck(
+        lambda c, s: _Reconstruct.apply(c, s, codes, order, 2, served), (codebooks, scales)
+    )
+
+
+def test_groups_served_by_every_codeword():
+    codes = torch.tensor([[1, 0, 1, 2], [1, 1, 0, 2]], dtype=torch.uint8)  # three groups, one of them critical
+    groups, first = groups_served(codes, num_codebooks=2, codebook_size=4, critical=1)
+    ends = [*first.tolist()[1:], len(groups)]
+    found = [groups[start:end].tolist() for start, end in zip(first.tolist(), ends, strict=True)]
+    assert found == [[1, 5], [0, 2, 3, 4], [], [], [], [], [0, 3], []]
 
 
 def test_gradients_of_a_tunable_linear_arrive_in_fp32_under_autocast():

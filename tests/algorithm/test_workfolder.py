@@ -200,3 +200,14 @@ def test_a_damaged_fingerprint_is_named(path, content):
         WorkFolder(path, PRINT)
     with pytest.raises(ValueError, match=r"fingerprint\.json"):  # not: in use
         WorkFolder(path, PRINT)
+
+
+def test_scratch_lives_on_the_disk_and_leaves_nothing(path):
+    with WorkFolder(path, PRINT) as work:
+        one, two = (work.scratch((3, 4, 5), torch.bfloat16) for _ in range(2))
+        one.fill_(1.0)
+        assert one.shape == (3, 4, 5) and one.dtype == torch.bfloat16
+        assert not two.any() and one.all()  # each has a file of its own
+        assert files(path) == {"fingerprint.json"}
+        with pytest.raises(ValueError, match=r"do not fit on the disk .*lower e2e_nsamples or seqlen"):
+            work.scratch((1 << 60,), torch.float32)
