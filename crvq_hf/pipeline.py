@@ -141,6 +141,8 @@ def _quantize(run: _Run, tokens: Tensor | None) -> dict[str, Any]:
     finished = sum(run.work.has(_block_file(index)) for index in range(len(run.blocks)))
     if finished:
         logger.info("%d of %d blocks are finished already; going on from there.", finished, len(run.blocks))
+    if finished == len(run.blocks):
+        quantized = None  # nothing is left to calibrate
     bar = transformers_logging.tqdm(range(len(run.blocks)), desc="quantizing", unit="block")
     for index in bar:
         _advance(run, index, full, quantized)
@@ -186,9 +188,14 @@ def _bits(run: _Run) -> float:
     return sum(8 * layer.quantized_weight().nbytes for layer in layers) / max(1, weights)
 
 
-def _batches(samples: Tensor, batch_tokens: int = RUN_TOKENS) -> tuple[Tensor, ...]:
-    """Returns views of `samples` `[nsamples, seqlen, ...]` of at most `batch_tokens`, at least one sequence each."""
-    return samples.split(max(1, batch_tokens // samples.shape[1]))
+def _batches(samples: Tensor, batch_tokens: int | None = None) -> tuple[Tensor, ...]:
+    """Returns views of `samples` `[nsamples, seqlen, ...]`, at least one sequence each.
+
+    Args:
+        samples: what to split.
+        batch_tokens: tokens in a batch at most; None: as many as go through a block at once.
+    """
+    return samples.split(max(1, (batch_tokens or RUN_TOKENS) // samples.shape[1]))
 
 
 def _embed(run: _Run, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,7 +238,7 @@ def _advance(run: _Run, index: int, full: Tensor | None, quantized: Tensor | Non
         _move_stream(run, index, full)
     saved = run.work.load(name)
     if saved is None:
-        _quantize_block(run, index, quantized, None if full is None else full[: len(quantized)])
+        _quantize_block(run, index, quantized, full if full is None else full[: len(quantized)])
         _restore_dtypes(block, dtypes)
         lines = {key: run.layers[f"{run.blocks_name}.{index}.{key}"] for key in run.linears[index]}
         run.work.save(name, _tunable_state(block), lines)

@@ -505,8 +505,11 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, quantize, monkeypatch
     whole = quantize(killed_model(), "whole")
     assert len(steps) == 5  # an epoch of five batches
     monkeypatch.setattr(pipeline, "fit_weight", None)
+    run_block, ran = pipeline._Run.run_block, []
+    monkeypatch.setattr(pipeline._Run, "run_block", lambda *args: ran.append(args[1]) or run_block(*args))
     resumed = quantize(killed_model(), "killed")
     assert len(steps) == 5 + 3
+    assert ran == [0] * 3 + [1] * 3 + [2] * 3  # only the full-precision model, for the targets
     assert equal_state(whole, resumed)
     for key in ("e2e_loss", "bits_per_weight"):
         assert whole.crvq_report[key] == resumed.crvq_report[key]
