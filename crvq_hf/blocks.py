@@ -7,11 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-
-_QUERIES = 128  # of a sequence that attend at a time in `FastAttention`: their scores stay in the cache of a CPU core
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -265,87 +261,3 @@ def for_each_input(
     finally:
         for handle in handles:
             handle.remove()
-
-
-class FastAttention(TorchFunctionMode):
-    """While active, causal attention in bfloat16 on a CPU is a few dense products, twice as fast as PyTorch's kernel.
-
-    Only calls of `scaled_dot_product_attention` without a mask and under bfloat16 autocast are replaced: what the
-    others compute, and in which precision, stays as it is.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            replaced = _fast_attention(*args, **kwargs)
-            if replaced is not None:
-                return replaced
-        return func(*args, **kwargs)
-
-
-def _fast_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
-    """Returns `scaled_dot_product_attention` of these arguments, None where `_CausalAttention` cannot compute it."""
-    if attn_mask is not None or dropout_p or not is_causal or query.device.type != "cpu":
-        return None
-    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
-        return None
-    batch, heads, length, size = query.shape
-    if key.shape != value.shape or key.shape[2:] != (length, size) or heads % key.shape[1]:
-        return None
-    # Query heads that share a key head are taken together: `[batch * key heads, query heads of each, length, size]`.
-    query = query.reshape(-1, heads // key.shape[1], length, size)
-    query, key, value = (t.bfloat16() for t in (query, key.flatten(0, 1), value.flatten(0, 1)))
-    output = _CausalAttention.apply(query, key, value, size**-0.5 if scale is None else scale)
-    return output.view(batch, heads, length, size)
-
-
-class _CausalAttention(torch.autograd.Function):
-    """Causal attention of queries `[B, R, L, D]` to keys and values `[B, L, D]`, all bfloat16.
-
-    Scores are made for `_QUERIES` positions at a time, with the keys that these may see, and again in the backward.
-    """
-
-    @staticmethod
-    def weights(query: Tensor, key: Tensor, start: int, scale: float) -> Tensor:
-        """Returns `[B, R * q, start + q]`: what the queries `[B, R, q, D]`, the first at `start`, take of each key."""
-        batch, heads, count, size = query.shape
-        scores = (query * scale).reshape(batch, heads * count, size) @ key[:, : start + count].transpose(1, 2)
-        scores.view(batch, heads, count, -1)[..., start:] += scores.new_full((count, count), float("-inf")).triu(1)
-        return scores.softmax(-1)
-
-    @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.scale = scale
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        for start in range(0, query.shape[2], _QUERIES):
-            part = query[:, :, start : start + _QUERIES]
-            weights = _CausalAttention.weights(part, key, start, scale)
-            output[:, :, start : start + _QUERIES] = (weights @ value[:, : weights.shape[-1]]).view(part.shape)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value = ctx.saved_tensors
-        query_grad = torch.empty_like(query)
-        key_grad, value_grad = (torch.zeros(t.shape, device=t.device) for t in (key, value))  # sums are fp32
-        for start in range(0, query.shape[2], _QUERIES):
-            part = query[:, :, start : start + _QUERIES]
-            weights = _CausalAttention.weights(part, key, start, ctx.scale)
-            seen, rows = weights.shape[-1], weights.shape[1]
-            part_grad = grad[:, :, start : start + _QUERIES].reshape(len(query), rows, -1)
-            value_grad[:, :seen] += weights.transpose(1, 2) @ part_grad
-            weights_grad = part_grad @ value[:, :seen].transpose(1, 2)
-            scores_grad = torch._softmax_backward_data(weights_grad, weights, -1, weights.dtype) * ctx.scale
-            query_grad[:, :, start : start + _QUERIES] = (scores_grad @ key[:, :seen]).view(part.shape)
-            key_grad[:, :seen] += scores_grad.transpose(1, 2) @ part.reshape(len(query), rows, -1)
-        return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype), None

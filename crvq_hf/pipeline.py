@@ -7,8 +7,7 @@ quantized model, the inputs that every layer is calibrated on, so that later lay
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from .blocks import BlockRunner, FastAttention, find_blocks, for_each_input, kind_of, linear_stages
+from .blocks import BlockRunner, find_blocks, for_each_input, kind_of, linear_stages
 from .calibration import calibration_tokens
 from .config import CRVQConfig
 from .device import compute_device, has_fast_bfloat16, mixed_precision, peak_memory_bytes
@@ -79,11 +78,9 @@ class _Run:
         """Adds the time since `start` to a phase."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    @contextmanager
-    def precision(self) -> Iterator[None]:
-        """Runs what is inside as blocks are run and trained in this run."""
-        with mixed_precision(self.device, self.bfloat16), FastAttention():
-            yield
+    def precision(self) -> AbstractContextManager:
+        """Returns the context that blocks are run and trained in."""
+        return mixed_precision(self.device, self.bfloat16)
 
     def run_block(self, index: int, hidden: Tensor) -> Tensor:
         """Returns the output of a block that is on the compute device, fp32."""
