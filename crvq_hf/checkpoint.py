@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .config import CRVQConfig
+from .embedding import ROW_SCALE
 from .quantized_weight import TENSOR_NAMES
 
 COMPANION_NAMES = TENSOR_NAMES[1:]
@@ -102,6 +103,21 @@ def quantized_modules(tensors: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors if name.endswith(suffixes)))
 
 
+def embedding_modules(tensors: Iterable[str]) -> list[str]:
+    """Returns the names of the embeddings and heads that are stored in 8 bits, in the order they come."""
+    return [name.removesuffix(f".{ROW_SCALE}") for name in tensors if name.endswith(f".{ROW_SCALE}")]
+
+
+def embedding_bytes(tensors: dict[str, TensorInfo]) -> int:
+    """Returns the stored bytes of the embeddings and heads in 8 bits, their scales counted.
+
+    Raises:
+        ValueError: one lacks its weight.
+    """
+    names = [f"{module}.{name}" for module in embedding_modules(tensors) for name in ("weight", ROW_SCALE)]
+    return sum(_require(tensors, name).nbytes for name in names)
+
+
 def layer_sizes(tensors: dict[str, TensorInfo]) -> dict[str, LayerSize]:
     """Returns the size of every CRVQ layer of a checkpoint by module name.
 
@@ -129,6 +145,29 @@ def bits_per_weight(tensors: dict[str, TensorInfo]) -> float:
     if not sizes:
         raise ValueError(f"None of the {len(tensors)} tensors of the checkpoint belongs to a CRVQ layer.")
     return sum(size.nbytes for size in sizes) * 8 / sum(size.num_weights for size in sizes)
+
+
+def check_embeddings(tensors: dict[str, TensorInfo], config: CRVQConfig) -> None:
+    """Checks that the checkpoint has 8-bit embeddings if its config says so, and that they fit together.
+
+    Raises:
+        ValueError: tensors and config contradict each other, or a tensor is missing.
+    """
+    stored = embedding_modules(tensors)
+    if bool(stored) != (config.embedding_bits == 8):
+        raise ValueError(
+            f"The checkpoint contradicts its config: embedding_bits is {config.embedding_bits}, "
+            f"8-bit rows are stored for {', '.join(stored) or 'nothing'}; download or save it again."
+        )
+    for module in stored:
+        weight, scales = _require(tensors, f"{module}.weight"), tensors[f"{module}.{ROW_SCALE}"]
+        is_float = scales.dtype in ("F16", "BF16", "F32")  # in the model's dtype if saved from an offloaded model
+        if weight.dtype != "I8" or not is_float or scales.shape != weight.shape[:1] or len(weight.shape) != 2:
+            raise ValueError(
+                f"The shapes in the checkpoint contradict its config: {module}.weight is {weight.dtype} "
+                f"{list(weight.shape)}, {module}.{ROW_SCALE} is {scales.dtype} {list(scales.shape)}, "
+                "expected I8 [V, H] and F16 [V]."
+            )
 
 
 def check_layer(

@@ -28,6 +28,7 @@ EXPECTED_ERRORS = (ValueError, OSError, ImportError, SafetensorError, MemoryErro
 NOT_OPTIONS = ("quant_method", "format_version", "dequantize")
 GROUPS = {
     "method": ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio", "importance"),
+    "embeddings": ("embedding_bits",),
     "calibration": ("dataset", "nsamples", "seqlen", "tokenizer"),
     "fine-tuning": ("block_finetune_epochs", "e2e_finetune_epochs"),
 }

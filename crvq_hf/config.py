@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .quantized_weight import LayerShape, num_critical_groups
 
 QUANT_METHOD = "crvq"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # that can be read; a checkpoint is written in the oldest that can hold it
 
 
 def _option(default: Any, help: str, check: Callable[[str, Any], Any], stored: bool = True) -> Any:
@@ -112,9 +112,10 @@ def _path(name: str, value: Any) -> str | None:
 
 
 def _format_version(name: str, value: Any) -> int:
-    if value != FORMAT_VERSION or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, int) or value not in FORMAT_VERSIONS:
         raise ValueError(
-            f"The checkpoint has CRVQ {name} {value!r}, this crvq_hf reads only {name} {FORMAT_VERSION}; "
+            f"The checkpoint has CRVQ {name} {value!r}, this crvq_hf reads only {name} "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}; "
             f"install a crvq_hf that knows format {value!r}."
         )
     return value
@@ -145,7 +146,9 @@ class CRVQConfig(QuantizationConfigMixin):
     """
 
     quant_method: str = _option(QUANT_METHOD, "name of the method", _one_of(QUANT_METHOD))
-    format_version: int = _option(FORMAT_VERSION, "version of the checkpoint format", _format_version)
+    format_version: int = _option(
+        1, "version of the checkpoint format: 2 with 8-bit embeddings, else 1; follows by itself", _format_version
+    )
     in_group_size: int = _option(8, "input channels that share one code: 4, 8 or 16", _one_of(4, 8, 16))
     nbits_per_codebook: int = _option(8, "bits per code, 4 to 12; a codebook has 2**bits entries", _integer(4, 12))
     num_extended_codebooks: int = _option(
@@ -165,6 +168,9 @@ class CRVQConfig(QuantizationConfigMixin):
     nsamples: int = _option(128, "calibration sequences for fitting and tuning block by block", _integer(1))
     seqlen: int = _option(512, "tokens per calibration sequence", _integer(1))
     seed: int = _option(0, "seed of everything random", _integer(0))
+    embedding_bits: int = _option(
+        16, "8 stores embeddings and lm_head as int8 with a scale per row, 16 leaves them as they are", _one_of(16, 8)
+    )
     block_finetune_epochs: int = _option(1, "epochs of fine-tuning after each block, 0 switches it off", _integer(0))
     e2e_finetune_epochs: int = _option(1, "epochs of end-to-end fine-tuning, 0 switches it off", _integer(0))
     e2e_nsamples: int = _option(
@@ -179,10 +185,11 @@ class CRVQConfig(QuantizationConfigMixin):
     dequantize: bool = _option(False, "load the checkpoint as a dense model", _flag, stored=False)
 
     def __init__(self, **values: Any) -> None:
-        self.format_version = values.pop("format_version", FORMAT_VERSION)  # a newer format may have unknown fields
+        self.format_version = values.pop("format_version", 1)  # a newer format may have unknown fields
         unknown = [name for name in values if name not in FIELDS]
         if unknown:
-            closest = difflib.get_close_matches(unknown[0], FIELDS, n=1, cutoff=0.0)[0]
+            longer = [name for name in FIELDS if unknown[0] in name]
+            closest = (longer or difflib.get_close_matches(unknown[0], FIELDS, n=1, cutoff=0.0))[0]
             raise ValueError(
                 f"CRVQConfig has no field {unknown[0]!r}, did you mean {closest!r}? "
                 f"Its fields are {', '.join(FIELDS)}."
@@ -195,6 +202,8 @@ class CRVQConfig(QuantizationConfigMixin):
         if name in FIELDS:
             value = FIELDS[name].metadata["check"](name, value)
         super().__setattr__(name, value)
+        if name in ("format_version", "embedding_bits"):
+            self.__dict__["format_version"] = 2 if self.__dict__.get("embedding_bits") == 8 else 1
 
     @classmethod
     def from_dict(
@@ -212,7 +221,9 @@ class CRVQConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the stored fields, all of them plain JSON values."""
-        stored = (name for name, field in FIELDS.items() if field.metadata["stored"])
+        stored = [name for name, field in FIELDS.items() if field.metadata["stored"]]
+        if self.format_version == 1:
+            stored.remove("embedding_bits")  # readers of format 1 do not know it
         return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in stored}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:

@@ -193,9 +193,17 @@ def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], out: P
         model.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
+            _remove_indentation(unfinished / "tokenizer.json")
         save_report(unfinished, report)
         (unfinished / _UNFINISHED).unlink()
         os.replace(unfinished, out)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _remove_indentation(file: Path) -> None:
+    """Rewrites a JSON file without the white space that can be more than half of it, if there is such a file."""
+    if file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")

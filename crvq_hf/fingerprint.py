@@ -30,7 +30,7 @@ def run_fingerprint(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> dic
     code = hashlib.sha256()
     for stem in _ALGORITHM:
         code.update(Path(__file__).with_name(f"{stem}.py").read_bytes())
-    fields = config.to_dict()
+    fields = CRVQConfig.from_dict(config.to_dict(), embedding_bits=16).to_dict()  # 8 bits come after all blocks
     fields["dataset"] = _dataset_fingerprint(fields["dataset"])
     reads_text = config.dataset not in (None, "self")
     return {

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from .checkpoint import TensorInfo, bits_per_weight, layer_sizes, read_headers
+from .checkpoint import TensorInfo, bits_per_weight, embedding_bytes, embedding_modules, layer_sizes, read_headers
 from .config import QUANT_METHOD, CRVQConfig
+from .embedding import ROW_SCALE
 from .quantized_weight import TENSOR_NAMES
 
 
@@ -37,8 +38,9 @@ class CheckpointInfo:
 
     @property
     def dense(self) -> dict[str, TensorInfo]:
-        """The tensors that are not part of a quantized weight; biases are among them."""
+        """The tensors that are not part of a quantized weight or 8-bit embedding; biases are among them."""
         inside = {f"{layer}.{name}" for layer in self.layers for name in TENSOR_NAMES}
+        inside |= {f"{part}.{name}" for part in embedding_modules(self.tensors) for name in ("weight", ROW_SCALE)}
         return {name: tensor for name, tensor in self.tensors.items() if name not in inside}
 
     @property
@@ -94,6 +96,7 @@ def describe(info: CheckpointInfo) -> str:
         lines += [
             f"{'quantized':<15} {len(layers)} layers, {weights:,} weights, {megabytes(nbytes)}: "
             f"{info.bits_per_weight:.3f} bits per weight (codes, codebooks, scales and channel order)",
+            *_embedding_rows(info),
             f"{'method':<15} {_method(info.crvq)}",
             "",
             *_layer_table(info),
@@ -115,6 +118,18 @@ def _method(config: CRVQConfig) -> str:
         f"{config.num_extended_codebooks} extended codebooks for {config.critical_ratio:g} of the channels, "
         f"importance {config.importance!r}, format version {config.format_version}"
     )
+
+
+def _embedding_rows(info: CheckpointInfo) -> list[str]:
+    """Returns a line on the embeddings in 8 bits, none where they are dense."""
+    parts = embedding_modules(info.tensors)
+    if not parts:
+        return []
+    nbytes, rows = embedding_bytes(info.tensors), sum(info.tensors[f"{part}.{ROW_SCALE}"].shape[0] for part in parts)
+    return [
+        f"{'embeddings':<15} {' and '.join(parts)} in 8 bits, {rows:,} rows, {megabytes(nbytes)} ({nbytes:,} bytes: "
+        "int8 rows and a float16 scale for each)"
+    ]
 
 
 def _kind(name: str) -> str:

@@ -23,7 +23,17 @@ from transformers.quantizers.base import HfQuantizer
 
 from . import checkpoint
 from .blocks import find_blocks
-from .config import FORMAT_VERSION, QUANT_METHOD, CRVQConfig, shareable_dataset
+from .config import QUANT_METHOD, CRVQConfig, shareable_dataset
+from .embedding import (
+    ROW_SCALE,
+    Int8Embedding,
+    Int8Head,
+    dequantize_embeddings_,
+    find_embeddings,
+    fix_vocabulary_,
+    quantize_embeddings_,
+    replace_embeddings_,
+)
 from .experts import UnfusedExperts, find_fused_experts, fuse_experts_, unfuse_experts_
 from .linear import CRVQLinear
 from .replace import is_named_by, linear_size, quantizable_linears, replace_with_crvq_, to_dense
@@ -82,9 +92,11 @@ class CRVQQuantizer(HfQuantizer):
         if checkpoint_files is None:  # a state dict was given, so there are no headers to ask
             _unfuse(model, self.quantization_config)
             names = list(quantizable_linears(model, self.quantization_config)[0])
+            embeddings = list(find_embeddings(model)) if self.quantization_config.embedding_bits == 8 else []
         else:
-            names = _match_checkpoint(model, checkpoint_files, self.quantization_config)
+            names, embeddings = _match_checkpoint(model, checkpoint_files, self.quantization_config)
         replace_with_crvq_(model, names, self.quantization_config)
+        replace_embeddings_(model, embeddings)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Quantizes a dense model, or checks a CRVQ model that has just been loaded."""
@@ -109,6 +121,7 @@ class CRVQQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, CRVQLinear):
                 module.tile_()
+        fix_vocabulary_(model)
         model.add_model_tags([QUANT_METHOD])
         model.push_to_hub = partial(_push_to_hub, model)
         self.is_compileable = not any(isinstance(module, UnfusedExperts) for module in model.modules())
@@ -117,13 +130,16 @@ class CRVQQuantizer(HfQuantizer):
         """Turns every layer back into a dense one, as if the model had been loaded from a dense checkpoint."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         layers = {name: module for name, module in model.named_modules() if isinstance(module, CRVQLinear)}
-        if any(layer.weight.is_meta or hasattr(layer, "_hf_hook") for layer in layers.values()):
+        rows = [module for module in model.modules() if isinstance(module, (Int8Embedding, Int8Head))]
+        if any(layer.weight.is_meta or hasattr(layer, "_hf_hook") for layer in [*layers.values(), *rows]):
             raise ValueError(
                 "Dequantizing needs the whole model on one device; load it without offloading, "
                 "for example with device_map='cpu'."
             )
         for name, layer in layers.items():
             model.set_submodule(name, to_dense(layer, dtype))
+        dequantize_embeddings_(model, dtype)
+        fix_vocabulary_(model)
         fuse_experts_(model)
         _mark_quantized(model, False)
         model.__dict__.pop("push_to_hub", None)
@@ -133,7 +149,7 @@ class CRVQQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         """Returns no special state dict and what the metadata of the safetensors files says."""
-        return None, {"crvq_format_version": str(FORMAT_VERSION)}
+        return None, {"crvq_format_version": str(self.quantization_config.format_version)}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Returns that a CRVQ model can be saved."""
@@ -198,6 +214,8 @@ def _quantize(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any = None)
         raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
     tokenizer = config.tokenizer if tokenizer is None else tokenizer
     quantize_blocks_(model, _load_tokenizer(model, config, tokenizer), config)
+    if config.embedding_bits == 8:
+        quantize_embeddings_(model)
 
 
 def _unfuse(model: nn.Module, config: CRVQConfig) -> None:
@@ -237,14 +255,16 @@ def _recorded_config(model: nn.Module, config: CRVQConfig) -> CRVQConfig:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, CRVQLinear)
     ]
+    if not any(isinstance(module, (Int8Embedding, Int8Head)) for module in model.modules()):
+        recorded.embedding_bits = 16  # also where 8 were asked for and nothing could take them
     recorded.modules_to_not_convert = sorted({*(config.modules_to_not_convert or []), *dense}) or None
     return recorded
 
 
-def _match_checkpoint(model: PreTrainedModel, files: list[str], config: CRVQConfig) -> list[str]:
-    """Returns the layers of `model` that the checkpoint has codes for, after checking their shapes.
+def _match_checkpoint(model: PreTrainedModel, files: list[str], config: CRVQConfig) -> tuple[list[str], list[str]]:
+    """Returns the layers that the checkpoint has codes for and the embeddings and heads that it has in 8 bits.
 
-    Experts which the checkpoint has one by one are unfused.
+    Named as in `model`, their shapes checked. Experts which the checkpoint has one by one are unfused.
     """
     safetensors = [file for file in files if str(file).endswith(".safetensors")]
     if not safetensors:
@@ -279,7 +299,9 @@ def _match_checkpoint(model: PreTrainedModel, files: list[str], config: CRVQConf
             f"None of the {len(stored)} CRVQ layers of the checkpoint (such as {stored[0]}) "
             f"is in {type(model).__name__}; load it with the class it was saved from."
         )
-    return list(names)
+    checkpoint.check_embeddings(tensors, config)
+    embeddings = (_resolve(module, modules, prefix) for module in checkpoint.embedding_modules(tensors))
+    return list(names), [name for name in embeddings if name is not None]
 
 
 def _resolve(name: str, known: Container[str], prefix: str) -> str | None:
@@ -289,13 +311,13 @@ def _resolve(name: str, known: Container[str], prefix: str) -> str | None:
 
 
 def _check_loaded(model: PreTrainedModel) -> None:
-    """Checks that every CRVQ tensor was loaded and is sound, and switches gradients off.
+    """Checks that every CRVQ and 8-bit tensor was loaded and is sound, and switches gradients off.
 
     Raises:
         ValueError: a tensor was not in the checkpoint, or holds values that cannot be.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, CRVQLinear):
+        if not isinstance(module, (CRVQLinear, Int8Embedding, Int8Head)):
             continue
         module.requires_grad_(False)
         parameters = dict(module.named_parameters(recurse=False))
@@ -304,7 +326,10 @@ def _check_loaded(model: PreTrainedModel) -> None:
         for key, parameter in parameters.items():
             if not getattr(parameter, "_is_hf_initialized", False):
                 raise ValueError(f"The checkpoint lacks the tensor {name}.{key}; it is incomplete.")
-        module.quantized_weight().check(name)
+        if isinstance(module, CRVQLinear):
+            module.quantized_weight().check(name)
+        elif not module.weight_row_scale.isfinite().all():
+            raise ValueError(f"{name}.{ROW_SCALE} holds NaN or infinite values; the checkpoint is damaged.")
 
 
 def _mark_quantized(model: nn.Module, flag: bool) -> None:

@@ -37,6 +37,7 @@ ORDER = {
         "blocks",
         "experts",
         "replace",
+        "embedding",
         "checkpoint",
         "calibration",
         "finetune",

@@ -25,6 +25,7 @@ ACCEPTED = {
     "nsamples": [1, 4096],
     "seqlen": [1, 4096],
     "seed": [0, 2**40],
+    "embedding_bits": [8, 16],
     "block_finetune_epochs": [0, 9],
     "e2e_finetune_epochs": [0, 9],
     "e2e_nsamples": [0, 1, 4096],
@@ -36,7 +37,7 @@ ACCEPTED = {
 }
 REJECTED = {
     "quant_method": ["gptq", None],
-    "format_version": [0, 2, "1", None, True],
+    "format_version": [0, 3, "1", 1.0, None, True],
     "in_group_size": [0, 2, 32, "8", None, True],
     "nbits_per_codebook": [3, 13, 8.0, "8", None, True],
     "num_extended_codebooks": [-1, 8, 1.5, None, False],
@@ -46,6 +47,7 @@ REJECTED = {
     "nsamples": [0, -1, 1.0, None, True],
     "seqlen": [0, -1, 2.0, None],
     "seed": [-1, 0.5, None],
+    "embedding_bits": [4, 32, "8", None, True],
     "block_finetune_epochs": [-1, 0.5, None, True],
     "e2e_finetune_epochs": [-1, 0.5, None, True],
     "e2e_nsamples": [-1, 1.0, None, True],
@@ -97,7 +99,7 @@ def test_unknown_field_names_the_closest(name, closest):
 
 
 def test_unknown_version_is_reported_before_its_unknown_fields():
-    with pytest.raises(ValueError, match="format_version 7.*only format_version 1"):
+    with pytest.raises(ValueError, match="format_version 7.*only format_version 1 and 2"):
         CRVQConfig(format_version=7, something_new=1)
 
 
@@ -109,6 +111,7 @@ stored_fields = {
     "dataset": st.none() | st.lists(st.text(), min_size=1),
     "modules_to_not_convert": st.none() | st.lists(st.sampled_from(["lm_head", "up_proj"])),
     "seed": st.integers(0, 2**62),
+    "embedding_bits": st.sampled_from([8, 16]),
 }
 
 
@@ -125,7 +128,16 @@ def test_runtime_fields_are_not_stored():
     config = CRVQConfig(tokenizer=object(), device=torch.device("cpu"), work_dir="w", dequantize=True)
     assert not {"tokenizer", "device", "work_dir", "dequantize"} & set(config.to_dict())
     assert CRVQConfig.from_dict(config.to_dict()) == CRVQConfig()
-    assert set(config.to_dict()) == {name for name, field in FIELDS.items() if field.metadata["stored"]}
+    assert set(config.to_dict()) | {"embedding_bits"} == {n for n, field in FIELDS.items() if field.metadata["stored"]}
+
+
+def test_format_version_follows_from_the_embeddings():
+    assert "embedding_bits" not in CRVQConfig().to_dict()  # a reader that knows only format 1 would refuse it
+    config = CRVQConfig(embedding_bits=8)
+    assert config.to_dict()["embedding_bits"] == 8 and config.to_dict()["format_version"] == 2
+    assert CRVQConfig.from_dict(CRVQConfig().to_dict(), embedding_bits=8) == config
+    config.embedding_bits = 16
+    assert config.format_version == 1 and config == CRVQConfig()
 
 
 def test_stored_lists_are_copies():

@@ -117,8 +117,8 @@ def test_model_config_that_contradicts_the_shapes(folder):
 
 
 def test_unknown_format_version(folder):
-    change_config(folder, format_version=2, field_of_the_future=3)
-    assert_refused(folder, "format_version 2", "format_version 1")
+    change_config(folder, format_version=3, field_of_the_future=3)
+    assert_refused(folder, "format_version 3", "only format_version 1 and 2")
 
 
 def test_unknown_field(folder):

@@ -1,0 +1,334 @@
+"""Embeddings and output heads in 8 bits: an int8 number per weight and a scale per token.
+
+Row `t` of the dense weight is `weight[t] * weight_row_scale[t]`. Scales are stored as float16; in memory they have the
+dtype of the model, which is how transformers and the modules here know it. A head that is tied to the embedding shares
+both with it, so they are stored once.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+logger = logging.getLogger("crvq")
+
+ROW_SCALE = "weight_row_scale"
+# Rows of the head that are made dense at once: on a CPU what stays in the cache, on a GPU what fills it with work.
+_CHUNK_ELEMENTS = {"cpu": 2**19}
+_LARGE_CHUNK = 2**27
+_FEW_TOKENS = 8  # up to here PyTorch's int8 kernel for bfloat16 is faster than a dense multiplication
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns int8 numbers `[V, H]` and scales `[V]` in the dtype of `weight`; scales are also exact in float16.
+
+    Args:
+        weight: `[V, H]`, floating point.
+
+    Raises:
+        ValueError: `weight` holds NaN or infinite values, or a row is too large for a float16 scale.
+    """
+    numbers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    for start in range(0, weight.shape[0], 8192):
+        rows = weight[start : start + 8192].float()
+        largest = rows.abs().amax(dim=1)
+        scale = (largest / 127).half().to(weight.dtype).half().float()
+        if not scale.isfinite().all():
+            raise ValueError(
+                f"A row with largest magnitude {float(largest.max()):.3g} does not fit 8 bits and a float16 scale; "
+                "check the embeddings for NaN, or leave them with embedding_bits=16."
+            )
+        step = torch.where(scale > 0, scale, math.inf)[:, None]  # a row of zeros, or next to it
+        numbers[start : start + 8192] = (rows / step).round_().clamp_(-127, 127).to(torch.int8)
+        scales[start : start + 8192] = scale
+    return numbers, scales
+
+
+def dequantize_rows(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns dense rows `[..., H]` in `dtype` of int8 `weight` `[..., H]` and `scales` `[...]`."""
+    return weight.to(dtype) * scales.to(dtype).unsqueeze(-1)
+
+
+def int8_linear(input: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """Returns `input @ dense.T`, `[..., V]` in the dtype of `input`, without ever holding all of the dense weight.
+
+    That is so in inference; for gradients, and when compiled, the dense weight is made.
+
+    Args:
+        input: `[..., H]`, floating point.
+        weight: `[V, H]`, int8.
+        scales: `[V]`, floating point.
+    """
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad):
+        return F.linear(input, dequantize_rows(weight, scales, input.dtype))
+    tokens = input.reshape(-1, input.shape[-1])
+    if input.is_cpu and input.dtype == torch.bfloat16 and len(tokens) <= _FEW_TOKENS:
+        output = torch._weight_int8pack_mm(tokens, weight, scales.to(torch.bfloat16))
+    else:
+        if input.is_cpu and input.dtype == torch.float16:
+            tokens = tokens.float()  # CPUs convert int8 to float32 fast, to float16 slowly
+        output = tokens.new_empty(len(tokens), len(weight))
+        rows = max(64, _CHUNK_ELEMENTS.get(input.device.type, _LARGE_CHUNK) // weight.shape[1])
+        for start in range(0, len(weight), rows):
+            part = slice(start, start + rows)
+            if tokens.dtype == torch.float16:  # whose range sums of int8 products may leave
+                dense = dequantize_rows(weight[part], scales[part], tokens.dtype)
+                output[:, part] = F.linear(tokens, dense)
+            else:
+                output[:, part] = F.linear(tokens, weight[part].to(tokens.dtype)) * scales[part].to(tokens.dtype)
+    return output.to(input.dtype).view(*input.shape[:-1], len(weight))
+
+
+class Int8Embedding(nn.Embedding):
+    """Looks up rows of an int8 weight and makes them dense.
+
+    Attributes:
+        weight: int8, `[V, H]`.
+        weight_row_scale: `[V]`, in the dtype of the model, which the output has too; stored as float16.
+        dense: the embedding in whose place this one is, without its weight; not a submodule.
+    """
+
+    def __init__(self, dense: nn.Embedding, weight: Tensor, scales: Tensor) -> None:
+        """Takes the place of `dense`, whose weight is let go, with `weight` and `scales`."""
+        nn.Module.__init__(self)
+        for name in nn.Embedding.__constants__:
+            setattr(self, name, getattr(dense, name))
+        _take_over_(self, dense, weight, scales)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns `[..., H]` for token numbers `[...]`."""
+        scales = self.weight_row_scale
+        rows = dequantize_rows(F.embedding(input, self.weight), scales[input], scales.dtype)
+        scale = getattr(self.dense, "embed_scale", None)
+        if scale is None:
+            return rows
+        if isinstance(scale, Tensor):  # as Gemma does it: rounded to the dtype of the model
+            return rows * torch.full((), self.dense.scalar_embed_scale, dtype=rows.dtype, device=rows.device)
+        return rows * scale
+
+    def to_dense(self, dtype: torch.dtype) -> nn.Embedding:
+        """Returns the embedding that this one stands for, of the class that it had, its weight in `dtype`."""
+        dense = copy.deepcopy(self.dense)
+        dense.weight = nn.Parameter(dequantize_rows(self.weight, self.weight_row_scale, dtype))
+        if isinstance(getattr(dense, "embed_scale", None), Tensor):
+            dense.embed_scale = torch.tensor(dense.scalar_embed_scale, device=self.weight.device)
+        return dense.train(self.training)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        _store_half(destination, prefix + ROW_SCALE)
+
+
+class Int8Head(nn.Linear):
+    """A linear layer onto the vocabulary, from an int8 weight.
+
+    Attributes:
+        weight: int8, `[V, H]`; the very parameter of an embedding if tied to it.
+        weight_row_scale: `[V]`, in the dtype of the model, stored as float16; tied like the weight.
+        bias: `[V]` or None, as it was.
+        tied: whether weight and scales are an embedding's, which stores them.
+    """
+
+    def __init__(self, dense: nn.Linear, weight: Tensor, scales: Tensor, tied: bool = False) -> None:
+        """Takes the place of `dense`, whose weight is let go, with `weight` and `scales`."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.bias = dense.bias
+        self.tied = tied
+        _take_over_(self, dense, weight, scales)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns `[..., V]` in the dtype of `input`, `[..., H]`."""
+        output = int8_linear(input, self.weight, self.weight_row_scale)
+        return output if self.bias is None else output + self.bias
+
+    def to_dense(self, dtype: torch.dtype) -> nn.Linear:
+        """Returns the layer that this one stands for, weight and bias in `dtype`."""
+        with torch.device("meta"):
+            dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        dense.weight = nn.Parameter(dequantize_rows(self.weight, self.weight_row_scale, dtype))
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return dense.train(self.training)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tied and not self.weight_row_scale.is_meta:
+            del destination[prefix + ROW_SCALE]
+        _store_half(destination, prefix + ROW_SCALE)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if self.tied:  # what the embedding loads is loaded here too
+            state_dict = state_dict | {prefix + ROW_SCALE: self.weight_row_scale}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def find_embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the input embedding and the head of a transformers model by name, those that 8 bits can replace.
+
+    That is an `nn.Embedding`, one of transformers' `...ScaledWordEmbedding`s (Gemma's, BART's), which only multiply it
+    by a number, and an `nn.Linear`. What is tied to anything else stays dense with it.
+    """
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {id(module): name for name, module in model.named_modules()}
+    plain = {names[id(part)]: part for part in parts if part is not None and _is_plain(part)}
+    weights = _weights(model)
+    uses, known = Counter(weights.values()), Counter(weights[f"{name}.weight"] for name in plain)
+    return {name: p for name, p in plain.items() if uses[key := weights[f"{name}.weight"]] == known[key]}
+
+
+@torch.no_grad()
+def quantize_embeddings_(model: nn.Module) -> bool:
+    """Puts the embedding and the head of a model in 8 bits, in place; returns False if both have to stay dense.
+
+    Raises:
+        ValueError: their weights hold NaN or infinite values.
+    """
+    found = find_embeddings(model)
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if part is not None and not any(part is other for other in found.values()):
+            logger.warning("%s stays as it is: embedding_bits=8 cannot replace it.", type(part).__name__)
+    _replace_(model, found, quantize_rows)
+    return bool(found)
+
+
+def replace_embeddings_(model: nn.Module, names: Iterable[str]) -> None:
+    """Puts 8-bit modules on the meta device in the place of dense ones, ready for loading a checkpoint.
+
+    Args:
+        model: changed in place, on the meta device.
+        names: names of what the checkpoint has scales for: an embedding, a head, or both. A head that the model ties
+            to its embedding needs none and is replaced with it.
+
+    Raises:
+        ValueError: a name is that of something else.
+    """
+    found = find_embeddings(model)
+    strange = next((name for name in names if name not in found), None)
+    if strange is not None:
+        kind = type(model.get_submodule(strange)).__name__
+        raise ValueError(f"The checkpoint has 8-bit rows for {strange}, in the model it is a {kind} of another kind.")
+    weights = _weights(model)
+    shared = {weights[f"{name}.weight"] for name in names}
+    parts = {name: part for name, part in found.items() if weights[f"{name}.weight"] in shared}
+
+    def on_meta(weight: Tensor) -> tuple[Tensor, Tensor]:
+        numbers = torch.empty(weight.shape, dtype=torch.int8, device="meta")
+        return numbers, torch.empty(weight.shape[0], dtype=weight.dtype, device="meta")
+
+    for layer in _replace_(model, parts, on_meta):
+        # Models' `_init_weights` would draw random numbers into a module that is not marked as done.
+        layer._is_hf_initialized = layer.weight._is_hf_initialized = True
+
+
+def dequantize_embeddings_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Puts the dense modules back in the place of the 8-bit ones, those that were tied tied again."""
+    dense_weights: dict[int, nn.Parameter] = {}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (Int8Embedding, Int8Head)):
+            dense = module.to_dense(dtype)
+            dense.weight = dense_weights.setdefault(id(module.weight), dense.weight)
+            model.set_submodule(name, dense)
+            model.all_tied_weights_keys.pop(f"{name}.{ROW_SCALE}", None)
+
+
+class FixedVocabulary:
+    """Takes the place of a model's method `resize_token_embeddings` while its embeddings have 8 bits."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        self.embedding = embedding
+
+    def __call__(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """Returns the embedding if its size is not to change.
+
+        Raises:
+            ValueError: it is.
+        """
+        size = len(self.embedding.weight)
+        wanted = size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            wanted = math.ceil(wanted / pad_to_multiple_of) * pad_to_multiple_of
+        if wanted != size:
+            raise ValueError(
+                f"Embeddings of 8 bits cannot be resized (from {size} tokens to {wanted}); call model.dequantize() "
+                "first, or resize the dense model and quantize it again."
+            )
+        return self.embedding
+
+
+def fix_vocabulary_(model: nn.Module) -> None:
+    """Makes a model with 8-bit embeddings refuse to resize them, and one without able to again."""
+    is_fixed = any(isinstance(module, (Int8Embedding, Int8Head)) for module in model.modules())
+    for module in model.modules():
+        if hasattr(module, "resize_token_embeddings"):
+            module.__dict__.pop("resize_token_embeddings", None)
+            if is_fixed:
+                module.resize_token_embeddings = FixedVocabulary(module.get_input_embeddings())
+
+
+def _replace_(
+    model: nn.Module, parts: dict[str, nn.Module], split: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> list[nn.Module]:
+    """Puts 8-bit modules in the place of `parts`, numbers and scales from `split` of each weight; returns them."""
+    first: dict[int, str] = {}
+    weights = _weights(model)
+    for name, dense in parts.items():
+        source, training = first.setdefault(weights[f"{name}.weight"], name), dense.training
+        if source != name:
+            embedding = model.get_submodule(source)
+            layer = Int8Head(dense, embedding.weight, embedding.weight_row_scale, tied=True)
+            model.all_tied_weights_keys[f"{name}.{ROW_SCALE}"] = f"{source}.{ROW_SCALE}"
+        else:
+            kind = Int8Embedding if isinstance(dense, nn.Embedding) else Int8Head
+            layer = kind(dense, *split(dense.weight.detach()))
+        model.set_submodule(name, layer.train(training))
+    return [model.get_submodule(name) for name in parts]
+
+
+def _weights(model: nn.Module) -> dict[str, int]:
+    """Returns a number for every parameter by name, the same for those that are one, or will be once loaded."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    numbers = {name: id(parameter) for name, parameter in parameters.items()}
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if name in parameters and source in parameters and parameters[name].is_meta:  # not tied yet
+            numbers[name] = numbers[source]
+    return numbers
+
+
+def _take_over_(layer: nn.Module, dense: nn.Module, weight: Tensor, scales: Tensor) -> None:
+    """Gives `layer` its tensors, kept as they are if parameters; `dense`, if an embedding, is kept without weight."""
+    for name, tensor in (("weight", weight), (ROW_SCALE, scales)):
+        is_shared = isinstance(tensor, nn.Parameter)
+        layer.register_parameter(name, tensor if is_shared else nn.Parameter(tensor, requires_grad=False))
+    if isinstance(dense, nn.Embedding):
+        dense.weight = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+        object.__setattr__(layer, "dense", dense)
+
+
+def _store_half(destination: dict, name: str) -> None:
+    """Makes the scales in a state dict float16; not on the meta device, where loaders ask for the model's dtype."""
+    scales = destination.get(name)
+    if scales is not None and not scales.is_meta and scales.dtype != torch.float16:
+        destination[name] = scales.detach().half()
+
+
+def _is_plain(part: nn.Module) -> bool:
+    """Returns whether an embedding or a head computes nothing but what the classes here compute."""
+    if isinstance(part, nn.Embedding):
+        kind = type(part)
+        is_scaled = kind.__name__.endswith("ScaledWordEmbedding") and hasattr(part, "embed_scale")
+        if is_scaled and isinstance(part.embed_scale, Tensor):
+            is_scaled = hasattr(part, "scalar_embed_scale")  # a number also where the tensor is on the meta device
+        return (kind is nn.Embedding or is_scaled) and part.max_norm is None
+    return type(part) is nn.Linear
