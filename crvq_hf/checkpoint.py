@@ -6,6 +6,7 @@ data_offsets), then the data.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -20,6 +21,8 @@ from .config import CRVQConfig
 from .embedding import ROW_SCALE
 from .quantized_weight import TENSOR_NAMES
 
+# Keys of the metadata in a safetensors file.
+VERSION_KEY, HASHES_KEY, CONFIG_HASH_KEY = "crvq_format_version", "crvq_sha256", "crvq_config_sha256"
 COMPANION_NAMES = TENSOR_NAMES[1:]
 DTYPES = {
     "U8": torch.uint8,
@@ -88,13 +91,40 @@ def read_headers(source: str | os.PathLike | Iterable[str | os.PathLike]) -> dic
     """
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        files = _files_of_folder(path) if path.is_dir() else [path]
+        files = files_of_folder(path) if path.is_dir() else [path]
     else:
         files = [Path(file) for file in source]
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        tensors.update(_read_header(file))
+        tensors.update(_read_header(file)[0])
     return tensors
+
+
+def read_metadata(file: str | os.PathLike) -> dict[str, str]:
+    """Returns the metadata of one safetensors file.
+
+    Raises:
+        ValueError: the file is truncated or damaged.
+    """
+    return _read_header(Path(file))[1]
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """Returns the sha256 of a line with dtype and shape, as in "float16 [3, 4]", and of the bytes of a tensor."""
+    head = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n"
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest = hashlib.sha256(head.encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def json_hash(text: str) -> str:
+    """Returns the sha256 of what a JSON text says, however it is laid out.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    return hashlib.sha256(json.dumps(json.loads(text), sort_keys=True).encode()).hexdigest()
 
 
 def quantized_modules(tensors: Iterable[str]) -> list[str]:
@@ -211,44 +241,80 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
-def _files_of_folder(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a checkpoint folder."""
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Returns the name of the file that each tensor of a sharded checkpoint is in, None if it is not sharded.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index} is damaged: it is no JSON with a 'weight_map'; download it again.") from None
-        return [folder / name for name in sorted(names)]
+    if not index.is_file():
+        return None
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if all(isinstance(name, str) and name and Path(name).name == name for name in places.values()):
+            return dict(places)
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError):
+        pass
+    raise ValueError(f"{index} is damaged: it is no JSON with a 'weight_map' to file names; download it again.")
+
+
+def files_of_folder(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a checkpoint folder.
+
+    Raises:
+        ValueError: there are none, or their index is damaged.
+    """
+    index = read_index(folder)
+    if index is not None:
+        return [folder / name for name in sorted(set(index.values()))]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     raise ValueError(f"{folder} holds no model.safetensors and no model.safetensors.index.json.")
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """Returns the tensors of one safetensors file by name."""
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Returns the tensors of one safetensors file by name, and its metadata."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             text = file.read(length) if 8 + length <= size else b""
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); the checkpoint is incomplete.") from error
+    except (OSError, ValueError) as error:  # a ValueError on a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} cannot be read ({reason}); the checkpoint is incomplete.") from error
     try:
         header = json.loads(text)
-        header.pop("__metadata__", None)
-        tensors = {
-            name: TensorInfo(
-                tuple(entry["shape"]), entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0], str(path)
-            )
-            for name, entry in header.items()
-        }
+        metadata = header.pop("__metadata__", {})
+        _check_strings(metadata)
+        tensors = {name: _tensor_info(entry, path) for name, entry in header.items()}
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError):
         raise ValueError(f"{path} is no safetensors file, or its header is damaged; download it again.") from None
     if 8 + length + end != size:
         raise ValueError(
             f"{path} is truncated or damaged: its header announces {8 + length + end} bytes, the file has {size}."
         )
-    return tensors
+    return tensors, metadata
+
+
+def _tensor_info(entry: dict, path: Path) -> TensorInfo:
+    """Returns one entry of a header.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is damaged.
+    """
+    shape, dtype, (start, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
+    if not isinstance(shape, list) or not isinstance(dtype, str):
+        raise TypeError
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, end)) or start > end:
+        raise ValueError
+    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - start:
+        raise ValueError
+    return TensorInfo(tuple(shape), dtype, end - start, str(path))
+
+
+def _check_strings(metadata: dict) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for item in metadata.items() for text in item):
+        raise TypeError

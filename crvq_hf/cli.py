@@ -22,6 +22,7 @@ from .hub import card_text, prepare, push
 from .info import describe, megabytes, read_info
 from .measure import Measurement, convert_and_measure, load
 from .report import draw_report
+from .verify import verify
 
 # What can go wrong without a bug of ours: told in one line, without a traceback.
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, SafetensorError, MemoryError, torch.OutOfMemoryError)
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments, those of the process by default.
 
     Returns:
-        The exit code: 0, 1 if `crvq doctor` found something wrong, 2 after an error, 130 after Ctrl-C.
+        The exit code: 0, 1 if `crvq doctor` or `crvq verify` found a problem, 2 after an error, 130 after Ctrl-C.
     """
     args = build_parser().parse_args(argv)
     logger = logging.getLogger("crvq")
@@ -108,6 +109,10 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--token", help="token of the hub; safer are hf auth login, and HF_TOKEN")
     push.add_argument("--base-model", metavar="ID", help="hub id of what was quantized, where report.json has none")
     push.add_argument("--dry-run", action="store_true", help="print the card and the files, upload nothing")
+    check = _command(
+        commands, "verify", _verify, "check that nothing of a checkpoint was lost or changed since saving"
+    )
+    check.add_argument("out", metavar="OUT", help="folder of a quantized model")
 
     generate = _command(commands, "generate", _generate, "let a model write")
     _add_model_options(generate)
@@ -239,6 +244,12 @@ def _push(args: argparse.Namespace) -> None:
         print(card_text(files), *files, sep="\n")
         return
     print(push(args.out, args.repository, private=args.private, **options).repo_url)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    result = verify(args.out)
+    print("\n".join(result.problems or [result.summary]))
+    return 1 if result.problems else 0
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -1,7 +1,6 @@
 """From a dense checkpoint to a folder with the quantized one: checks before the work, nothing half-written after."""
 
 import copy
-import errno
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from .hub import licence_in
 from .quantizer import quantize_model
 from .replace import linear_size, quantizable_linears
 from .report import REPORT, UNFINISHED, command_digest, command_of, draw_if_possible, save_report, shareable
+from .workfolder import flush, is_full_disk
 
 logger = logging.getLogger("crvq")
 
@@ -50,22 +50,27 @@ def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: 
     """
     out = Path(os.path.abspath(out))
     finished = finished_report(source, out, config, gguf_file)
+    work = Path(config.work_dir or f"{out}.work")
     if finished is not None:
+        if (work / "fingerprint.json").is_file():  # a kill came before the end
+            shutil.rmtree(work, ignore_errors=True)
+        (out / _UNFINISHED).unlink(missing_ok=True)
         logger.warning("%s is already the finished result of this command; nothing to do.", out)
         return finished
     _check_writable(out.parent)
     command = command_of(source, gguf_file, config)
     config = copy.copy(config)
-    config.work_dir = config.work_dir or f"{out}.work"
+    config.work_dir = str(work)
     model, tokenizer = load_dense(source, gguf_file)
     _check_space(model, config, out.parent)
-    work = Path(config.work_dir)
     is_new = not work.exists()
     try:
         quantize_model(model, tokenizer if config.tokenizer is None else None, config)
-    except BaseException:
+    except BaseException as error:
         if is_new and not (work / "calibration.safetensors").exists():  # nothing in it is worth keeping
             shutil.rmtree(work, ignore_errors=True)
+        if is_full_disk(error):
+            raise OSError(f"The disk is full ({work}); free some space and run the same command again.") from error
         raise
     report = shareable(
         {
@@ -78,8 +83,7 @@ def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: 
     try:
         _save(model, tokenizer, report, out)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error)
+        reason = "the disk is full" if is_full_disk(error) else str(error)
         raise OSError(
             f"Saving {out} failed: {reason}. Nothing is lost: what is quantized is kept in {work}; "
             "once this is solved, run the same command again."
@@ -137,7 +141,8 @@ def finished_report(
     check_source(source)
     out, command = Path(os.path.abspath(out)), command_of(source, gguf_file, config)
     unfinished = _unfinished(out)
-    if unfinished.exists() and not (unfinished / _UNFINISHED).is_file():
+    is_ours = (unfinished / _UNFINISHED).is_file() or (unfinished.is_dir() and not any(unfinished.iterdir()))
+    if unfinished.exists() and not is_ours:
         raise ValueError(f"{unfinished} is in the way and crvq did not make it; move it or name another output.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -186,7 +191,7 @@ def _unfinished(out: Path) -> Path:
 def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], out: Path) -> None:
     """Saves model, tokenizer and report in `out`, which is there complete or not at all."""
     unfinished = _unfinished(out)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _remove_unfinished(unfinished)
     unfinished.mkdir()
     try:
         (unfinished / _UNFINISHED).touch()
@@ -195,11 +200,22 @@ def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], out: P
             tokenizer.save_pretrained(unfinished)
             _remove_indentation(unfinished / "tokenizer.json")
         save_report(unfinished, report)
-        (unfinished / _UNFINISHED).unlink()
+        for path in (*unfinished.rglob("*"), unfinished):
+            flush(path)
         os.replace(unfinished, out)
+        flush(out.parent)
+        (out / _UNFINISHED).unlink()  # last: wherever a kill comes, the next run knows what it may remove
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove_unfinished(unfinished)
         raise
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what was not finished, the file that says so last."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name != _UNFINISHED:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_indentation(file: Path) -> None:

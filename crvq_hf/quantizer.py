@@ -7,10 +7,13 @@ The only file that knows transformers' quantizer hooks. `from_pretrained` calls 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import tempfile
 from collections.abc import Container
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,9 +150,23 @@ class CRVQQuantizer(HfQuantizer):
         model.model_tags = [tag for tag in model.model_tags or [] if tag != QUANT_METHOD]
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Returns no special state dict and what the metadata of the safetensors files says."""
-        return None, {"crvq_format_version": str(self.quantization_config.format_version)}
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any] | None, dict[str, str]]:
+        """Returns what is saved (None: the model's state dict) and what the metadata of the safetensors files says.
+
+        That is the format version and, unless an adapter is saved or a part is offloaded, sha256 of every tensor.
+        """
+        metadata = {checkpoint.VERSION_KEY: str(self.quantization_config.format_version)}
+        if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+            return None, metadata
+        state_dict = model.state_dict()
+        if not any(tensor.is_meta for tensor in state_dict.values()):
+            tied = (getattr(model, "all_tied_weights_keys", None) or {}).items()
+            twice = {name for name, source in tied if _is_same(state_dict.get(name), state_dict.get(source))}
+            hashes = {k: checkpoint.tensor_hash(tensor) for k, tensor in state_dict.items() if k not in twice}
+            metadata[checkpoint.HASHES_KEY] = json.dumps(hashes)
+            if getattr(model, "_auto_class", None) is None:  # else code is saved, and its names in the config
+                metadata[checkpoint.CONFIG_HASH_KEY] = _config_hash(model)
+        return state_dict, metadata
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Returns that a CRVQ model can be saved."""
@@ -330,6 +347,20 @@ def _check_loaded(model: PreTrainedModel) -> None:
             module.quantized_weight().check(name)
         elif not module.weight_row_scale.isfinite().all():
             raise ValueError(f"{name}.{ROW_SCALE} holds NaN or infinite values; the checkpoint is damaged.")
+
+
+def _is_same(tensor: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Returns whether two entries of a state dict are one tensor in memory, of which only one is saved."""
+    return tensor is not None and other is not None and tensor.data_ptr() == other.data_ptr()
+
+
+def _config_hash(model: PreTrainedModel) -> str:
+    """Returns the hash of the config.json that `save_pretrained` is about to write."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        return checkpoint.json_hash((Path(folder) / "config.json").read_text(encoding="utf-8"))
 
 
 def _mark_quantized(model: nn.Module, flag: bool) -> None:

@@ -1,9 +1,11 @@
 """The work folder: what a run has finished, on disk, so that a killed run continues where it was."""
 
+import errno
 import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ _FINGERPRINT = "fingerprint.json"
 class WorkFolder:
     """Named sets of tensors with a JSON-able note each, all belonging to one fingerprint.
 
-    Every file is written under a temporary name and renamed, so a file that is there is complete. One process at a
-    time may use a folder; use it as a context manager.
+    Every file is written under a temporary name, flushed and renamed, so a file that is there is complete. One process
+    at a time may use a folder; use it as a context manager.
     """
 
     def __init__(self, path: str | os.PathLike, fingerprint: dict[str, Any]):
@@ -57,7 +59,8 @@ class WorkFolder:
     def _compare(self, fingerprint: dict[str, Any]) -> None:
         file = self.path / _FINGERPRINT
         if not file.exists():
-            self._write(file, json.dumps(fingerprint, indent=1).encode())
+            content = json.dumps(fingerprint, indent=1).encode()
+            self._write(file, lambda temporary: temporary.write_bytes(content))
             return
         try:
             found = json.loads(file.read_text())
@@ -79,14 +82,9 @@ class WorkFolder:
 
     def save(self, name: str, tensors: dict[str, Tensor], note: Any = None) -> None:
         """Writes `tensors` and a JSON-able note under `name`, replacing what was there."""
-        temporary = self.path / f"{name}.tmp"
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        try:
-            save_file(tensors, temporary, metadata={"note": json.dumps(note)})
-            os.replace(temporary, self._file(name))
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        metadata = {"note": json.dumps(note)}
+        self._write(self._file(name), lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     def has(self, name: str) -> bool:
         """Returns whether something is saved under `name`."""
@@ -131,7 +129,44 @@ class WorkFolder:
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
 
-    def _write(self, file: Path, content: bytes) -> None:
+    def _write(self, file: Path, write: Callable[[Path], Any]) -> None:
+        """Makes `file` by a function that writes a path: whole and on the disk, or not at all.
+
+        Raises:
+            OSError: the disk is full or broken.
+        """
         temporary = file.with_suffix(".tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, file)
+        try:
+            write(temporary)
+            flush(temporary)
+            os.replace(temporary, file)
+            flush(self.path)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if is_full_disk(error):
+                raise OSError(
+                    errno.ENOSPC,
+                    f"The disk is full: {file} could not be written; free some space and run the same again, "
+                    "what is finished is kept",
+                ) from error
+            raise
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk and so survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot do this
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Returns whether an error says that there is no space left, also as safetensors says it."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, (OSError, SafetensorError)) and (
+        getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
+    )

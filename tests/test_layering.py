@@ -55,6 +55,7 @@ ORDER = {
         "evaluate",
         "gguf_model",
         "convert",
+        "verify",
         "measure",
         "doctor",
         "demo",

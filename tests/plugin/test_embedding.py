@@ -16,42 +16,40 @@ from crvq_hf.embedding import Int8Embedding, Int8Head, dequantize_rows, int8_lin
 from crvq_hf.info import describe, read_info
 
 EIGHT = CRVQConfig(dataset=None, embedding_bits=8)
-TIED = {"tie_word_embeddings": True}
 # Gemma's scaled embedding, GPT-2's position embedding, a scaled embedding as BART's, a head with a bias.
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 CASES = {
-    "llama": {},
-    "llama tied": TIED,
-    "gemma3_text": {},
-    "gpt2": {},
-    "opt": {},
-    "xglm": {"d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4, "scale_embedding": True},
+    "llama": {"tie_word_embeddings": False},
+    "llama tied": {"tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 8, "tie_word_embeddings": True},
+    "gpt2": {"n_inner": 64},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "xglm": {"ffn_dim": 64, "scale_embedding": True},
     "phi": {},
-    "qwen3_moe": {},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 
 
 @pytest.fixture
-def make(make_model):
-    """Returns a function (case of CASES, dtype) -> dense model."""
+def make():
+    """Returns a function (case of CASES, dtype) -> random dense model of 64 tokens and 32 channels."""
 
     def make(case: str, dtype: torch.dtype = torch.float32):
-        architecture = case.split()[0]
-        changes = CASES[case] | (TIED if "tied" in case else {})
-        if architecture in ("xglm", "phi"):
-            changes = make_model.common | changes
-        return make_model(architecture, dtype, **changes)
+        config = AutoConfig.for_model(case.split()[0], **SIZES | CASES[case])
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
     return make
-
-
-@pytest.fixture
-def make_model(make_model, monkeypatch):
-    from conftest import ARCHITECTURES, COMMON
-
-    monkeypatch.setitem(ARCHITECTURES, "xglm", COMMON)
-    monkeypatch.setitem(ARCHITECTURES, "phi", COMMON)
-    make_model.common = COMMON
-    return make_model
 
 
 @torch.no_grad()

@@ -92,7 +92,10 @@ def test_metadata_of_the_files(dense, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=CRVQConfig(dataset=None))
     model.save_pretrained(tmp_path / "crvq")
     with safe_open(tmp_path / "crvq" / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "crvq_format_version": "1"}
+        metadata = file.metadata()
+        assert json.loads(metadata.pop("crvq_sha256")).keys() == set(file.keys())
+    assert len(metadata.pop("crvq_config_sha256")) == 64
+    assert metadata == {"format": "pt", "crvq_format_version": "1"}
     stored = json.loads((tmp_path / "crvq" / "config.json").read_text())["quantization_config"]
     assert stored["quant_method"] == "crvq" and stored["format_version"] == 1
     assert stored["modules_to_not_convert"] == ["lm_head"]
