@@ -14,6 +14,8 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "crvq_hf/__init__.py").re
 DATASETS = "datasets>=3.0"  # for dataset="wikitext2" and "c4"
 GGUF = "gguf>=0.10"  # for --gguf-file
 REPORT = "matplotlib>=3.8"  # for report.html and report.png; whoever only loads a model needs none
+SERVE = ["fastapi", "uvicorn", "openai>=1.98"]  # what transformers[serving] adds
+LM_EVAL = "lm_eval>=0.4.9"  # for crvq eval --tasks
 
 
 class BuildLibrary(build_ext):
@@ -45,6 +47,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=["crvq_hf", "crvq_kernels"],
+    py_modules=["crvq_autoload"],
     package_dir={"crvq_hf": "crvq_hf", "crvq_kernels": "kernels/crvq_kernels"},
     ext_modules=[CPU_KERNEL],
     cmdclass={"build_ext": BuildLibrary},
@@ -66,9 +69,17 @@ setup(
         "gguf": [GGUF],
         "report": [REPORT],
         "demo": [DATASETS, GGUF, REPORT],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", "kernels", GGUF, REPORT],
+        "serve": SERVE,
+        "eval": [LM_EVAL],
+        "dev": [
+            *("pytest", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", "kernels", "peft"),
+            *(GGUF, REPORT, *SERVE),
+        ],
     },
-    entry_points={"console_scripts": ["crvq = crvq_hf.cli:main"]},
+    entry_points={
+        "console_scripts": ["crvq = crvq_hf.cli:main"],
+        "torch.backends": ["crvq = crvq_autoload:install"],  # called by `import torch`
+    },
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX",

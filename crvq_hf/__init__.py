@@ -1,6 +1,6 @@
-"""CRVQ for transformers: importing this package is all that loading and quantizing a model needs.
+"""CRVQ for transformers: importing this package registers the quantization method "crvq".
 
-The import registers the quantization method "crvq". The algorithm itself is loaded when a model is quantized.
+Where it is installed nobody needs to, see `crvq_autoload`. The algorithm itself is loaded when a model is quantized.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from crvq_autoload import when_imported
+
+from .adapters import PEFT_TUNERS, refuse_merging
 from .config import CRVQConfig
 from .quantizer import register
 
@@ -21,6 +24,7 @@ _LAZY = {
 }
 
 register()
+when_imported(PEFT_TUNERS, refuse_merging)
 
 
 def __getattr__(name: str) -> Any:

@@ -18,15 +18,17 @@ from .demo import MODEL, demo
 from .device import compute_device
 from .doctor import examine, installed_version
 from .evaluate import perplexity, read_text_tokens, tokens_per_second
+from .harness import Tasks, run_tasks, table
 from .hub import card_text, prepare, push
 from .info import describe, megabytes, read_info
 from .measure import Measurement, convert_and_measure, load
 from .report import draw_report
+from .serve import serve
 from .verify import verify
 
 # What can go wrong without a bug of ours: told in one line, without a traceback.
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, SafetensorError, MemoryError, torch.OutOfMemoryError)
-NOT_OPTIONS = ("quant_method", "format_version", "dequantize")
+NOT_OPTIONS = ("quant_method", "quantizer_package", "format_version", "dequantize")
 GROUPS = {
     "method": ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio", "importance"),
     "embeddings": ("embedding_bits",),
@@ -54,7 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 if `crvq doctor` or `crvq verify` found a problem, 2 after an error, 130 after Ctrl-C.
     """
-    args = build_parser().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    serves = arguments[:1] == ["serve"]  # what follows is for transformers
+    args = build_parser().parse_args(arguments[:1] if serves else arguments)
+    args.rest = arguments[1:]
     logger = logging.getLogger("crvq")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("crvq: %(message)s"))
@@ -88,12 +93,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config_options(quantize)
     _add_evaluation_options(quantize)
 
-    evaluate = _command(commands, "eval", _eval, "perplexity of a model on a text")
+    evaluate = _command(commands, "eval", _eval, "perplexity of a model on a text, or benchmark tasks")
     _add_model_options(evaluate)
-    evaluate.add_argument("--text", metavar="FILE", required=True, help="UTF-8 text, read from its start")
+    evaluate.add_argument("--text", metavar="FILE", help="UTF-8 text, read from its start")
     evaluate.add_argument("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
     evaluate.add_argument("--windows", type=int, default=10, help="windows at most (default: %(default)s)")
     evaluate.add_argument("--speed", type=int, metavar="N", help="also time the writing of N tokens")
+    evaluate.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks of the lm-evaluation-harness (lm_eval)")
+    evaluate.add_argument("--include-path", metavar="DIR", help="folder with task files of your own")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="examples per task at most")
     evaluate.add_argument("--json", action="store_true", help="print one line of JSON")
 
     info = _command(commands, "info", _info, "sizes, shapes and bits of a checkpoint, from its headers")
@@ -119,6 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", required=True, help="a message to a chat model, the start of a text for others")
     generate.add_argument("--raw", action="store_true", help="take the prompt as the start of a text in any case")
     generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
+
+    _command(commands, "serve", _serve, "answer OpenAI-style requests: takes what `transformers serve` takes")
 
     doctor = _command(commands, "doctor", _doctor, "versions, the kernel in use, and whether it computes correctly")
     doctor.add_argument("--device", help="device to examine; cuda if present, else cpu")
@@ -213,19 +223,27 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    if args.text is None and args.tasks is None:
+        raise ValueError("Nothing to evaluate on; give --text FILE, --tasks NAME or both.")
+    tasks = None if args.tasks is None else Tasks(args.tasks.split(","), args.include_path)
     model, tokenizer = load(args.model, args.device, args.dtype)
-    result = perplexity(model, read_text_tokens(tokenizer, args.text), args.seqlen, args.windows)
-    speed = None if args.speed is None else tokens_per_second(model, tokenizer, args.speed)
-    if args.json:
-        extra = {"tokens_per_second": speed, "device": str(model.device), "dtype": str(model.dtype)}
-        print(json.dumps(dataclasses.asdict(result) | extra))
-        return
-    print(
-        f"perplexity {result.value:.4f} over {result.tokens} tokens ({result.windows} windows of {result.seqlen}), "
-        f"{result.seconds:.1f} s, {model.dtype} on {model.device}"
-    )
-    if speed is not None:
-        print(f"{speed:.1f} tokens/s written, greedy, one sequence")
+    found: dict[str, Any] = {"device": str(model.device), "dtype": str(model.dtype)}
+    lines = []
+    if args.text is not None:
+        result = perplexity(model, read_text_tokens(tokenizer, args.text), args.seqlen, args.windows)
+        found |= dataclasses.asdict(result)
+        lines.append(
+            f"perplexity {result.value:.4f} over {result.tokens} tokens ({result.windows} windows of "
+            f"{result.seqlen}), {result.seconds:.1f} s, {model.dtype} on {model.device}"
+        )
+    if tasks is not None:
+        results = run_tasks(model, tokenizer, tasks, args.limit)
+        found["tasks"] = results["results"]
+        lines.append(table(results))
+    found["tokens_per_second"] = None if args.speed is None else tokens_per_second(model, tokenizer, args.speed)
+    if args.speed is not None:
+        lines.append(f"{found['tokens_per_second']:.1f} tokens/s written, greedy, one sequence")
+    print(json.dumps(found, default=str) if args.json else "\n".join(lines))
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -267,6 +285,10 @@ def _generate(args: argparse.Namespace) -> None:
         raise ValueError("The prompt is empty; give some text.")
     written = model.generate(**tokens.to(model.device), max_new_tokens=args.max_new_tokens, do_sample=False)
     print(tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _serve(args: argparse.Namespace) -> None:
+    serve(args.rest)
 
 
 def _doctor(args: argparse.Namespace) -> int:

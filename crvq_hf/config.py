@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .quantized_weight import LayerShape, num_critical_groups
 
 QUANT_METHOD = "crvq"
+QUANTIZER_PACKAGE = "crvq-hf"  # stands in config.json for those who meet a checkpoint and do not know the method
 FORMAT_VERSIONS = (1, 2)  # that can be read; a checkpoint is written in the oldest that can hold it
 
 
@@ -146,6 +147,7 @@ class CRVQConfig(QuantizationConfigMixin):
     """
 
     quant_method: str = _option(QUANT_METHOD, "name of the method", _one_of(QUANT_METHOD))
+    quantizer_package: str = _option(QUANTIZER_PACKAGE, "package that reads it", _one_of(QUANTIZER_PACKAGE))
     format_version: int = _option(
         1, "version of the checkpoint format: 2 with 8-bit embeddings, else 1; follows by itself", _format_version
     )

@@ -112,8 +112,10 @@ class CRVQLinear(nn.Linear):
         return crvq_kernels.untile_codes(weight, nbits, self.out_features, num_codes) if self._is_tiled else weight
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """Saves the codes as they are stored, whatever their layout here."""
+        """Saves the tensors as they are stored, whatever became of them here."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("weight_codebooks", "weight_scale"):  # PEFT casts them in `prepare_model_for_kbit_training`
+            destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].to(torch.float16)
         if self._is_tiled:
             destination[f"{prefix}weight"] = self._stored_weight()
 

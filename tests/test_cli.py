@@ -250,7 +250,7 @@ def test_errors_are_one_line(dense, quantized, tmp_path, capsys):
         (["quantize", dense], "required: OUT"),
         (["eval", quantized, "--text", tmp_path / "none.txt"], "is no file"),
         (["eval", quantized, "--text", text, "--seqlen", "4096"], "from 2 to the 128 tokens"),
-        (["eval", quantized], "required: --text"),
+        (["eval", quantized], "give --text FILE, --tasks NAME or both"),
         (["generate", quantized, "--prompt", ""], "The prompt is empty"),
         (["generate", quantized, "--prompt", "a", "--max-new-tokens", "0"], "at least 1, got 0"),
         (["info", tmp_path], "holds no config.json"),

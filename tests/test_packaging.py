@@ -37,7 +37,7 @@ def run(command: list[str], **options) -> str:
 def source(tmp_path_factory) -> Path:
     """A copy of what the package is built from, so that building leaves nothing in the repository."""
     copy = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "crvq_autoload.py"):
         shutil.copy(ROOT / name, copy)
     for name in ("crvq_hf", "kernels"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -72,7 +72,7 @@ def test_wheel_holds_all_modules_and_nothing_else(wheel):
     modules = {f"crvq_hf/{path.name}" for path in (ROOT / "crvq_hf").glob("*.py")}
     modules |= {f"crvq_kernels/{path.name}" for path in (ROOT / "kernels/crvq_kernels").glob("*.py")}
     library = {"crvq_kernels/libcrvq_cpu.so"} if COMPILER else set()
-    assert {name for name in names if ".dist-info/" not in name} == modules | library
+    assert {name for name in names if ".dist-info/" not in name} == modules | library | {"crvq_autoload.py"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -96,6 +96,7 @@ def test_wheel_metadata(wheel):
     assert "Requires-Dist: transformers<6,>=5.17" in metadata
     assert "Requires-Python: >=3.10" in metadata
     assert "crvq = crvq_hf.cli:main" in read["entry_points.txt"]
+    assert "[torch.backends]\ncrvq = crvq_autoload:install" in read["entry_points.txt"]
 
 
 @pytest.mark.parametrize("how", ["wheel", "editable"])

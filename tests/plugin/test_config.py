@@ -15,6 +15,7 @@ from crvq_hf.config import FIELDS
 
 ACCEPTED = {
     "quant_method": ["crvq"],
+    "quantizer_package": ["crvq-hf"],
     "format_version": [1],
     "in_group_size": [4, 8, 16],
     "nbits_per_codebook": [4, 8, 12],
@@ -37,6 +38,7 @@ ACCEPTED = {
 }
 REJECTED = {
     "quant_method": ["gptq", None],
+    "quantizer_package": ["other", None],
     "format_version": [0, 3, "1", 1.0, None, True],
     "in_group_size": [0, 2, 32, "8", None, True],
     "nbits_per_codebook": [3, 13, 8.0, "8", None, True],
