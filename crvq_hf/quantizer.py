@@ -87,7 +87,7 @@ class CRVQQuantizer(HfQuantizer):
         if tp_size > 1:
             raise ValueError(
                 f"CRVQ layers cannot be split over devices, but tensor parallelism over {tp_size} was asked for; "
-                "use device_map='auto' instead."
+                "start one process without tp_plan and tp_size, device_map='auto' gives each of its GPUs whole blocks."
             )
         if not self.pre_quantized:
             find_blocks(model)
