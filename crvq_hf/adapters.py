@@ -17,7 +17,7 @@ PEFT_TUNERS = "peft.tuners.tuners_utils"
 def refuse_merging() -> None:
     """Makes PEFT, which must have been imported, refuse to merge adapters into CRVQ layers; may be called again."""
     tuners = sys.modules[PEFT_TUNERS]
-    check = getattr(tuners.BaseTuner, "_check_merge_allowed", None)
+    check = getattr(getattr(tuners, "BaseTuner", None), "_check_merge_allowed", None)
     if check is None or hasattr(check, "refuses_crvq"):
         return
 
