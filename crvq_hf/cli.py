@@ -33,7 +33,7 @@ GROUPS = {
     "method": ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio", "importance"),
     "embeddings": ("embedding_bits",),
     "calibration": ("dataset", "nsamples", "seqlen", "tokenizer"),
-    "fine-tuning": ("block_finetune_epochs", "e2e_finetune_epochs"),
+    "fine-tuning": ("block_finetune_epochs", "e2e_finetune_epochs", "e2e_nsamples"),
 }
 
 
