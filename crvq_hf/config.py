@@ -72,9 +72,9 @@ def _names(name: str, value: Any) -> list[str] | None:
     for item in value:
         try:
             re.compile(item)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
-                f"{name} must hold names or regular expressions, but {item!r} is neither: {error}."
+                f"{name} must hold names or regular expressions, but {item!r:.80} is neither: {error}."
             ) from None
     return list(value)
 

@@ -20,7 +20,7 @@ from .hub import licence_in
 from .quantizer import quantize_model
 from .replace import linear_size, quantizable_linears
 from .report import REPORT, UNFINISHED, command_digest, command_of, draw_if_possible, save_report, shareable
-from .workfolder import flush, is_full_disk
+from .workfolder import FINGERPRINT, flush, is_full_disk, is_work_folder, remove_folder
 
 logger = logging.getLogger("crvq")
 
@@ -52,8 +52,8 @@ def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: 
     finished = finished_report(source, out, config, gguf_file)
     work = Path(config.work_dir or f"{out}.work")
     if finished is not None:
-        if (work / "fingerprint.json").is_file():  # a kill came before the end
-            shutil.rmtree(work, ignore_errors=True)
+        if is_work_folder(work):  # a kill came before the end
+            remove_folder(work, last=FINGERPRINT)
         (out / _UNFINISHED).unlink(missing_ok=True)
         logger.warning("%s is already the finished result of this command; nothing to do.", out)
         return finished
@@ -68,7 +68,7 @@ def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: 
         quantize_model(model, tokenizer if config.tokenizer is None else None, config)
     except BaseException as error:
         if is_new and not (work / "calibration.safetensors").exists():  # nothing in it is worth keeping
-            shutil.rmtree(work, ignore_errors=True)
+            remove_folder(work, last=FINGERPRINT)
         if is_full_disk(error):
             raise OSError(f"The disk is full ({work}); free some space and run the same command again.") from error
         raise
@@ -88,7 +88,7 @@ def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: 
             f"Saving {out} failed: {reason}. Nothing is lost: what is quantized is kept in {work}; "
             "once this is solved, run the same command again."
         ) from error
-    shutil.rmtree(work, ignore_errors=True)
+    remove_folder(work, last=FINGERPRINT)
     draw_if_possible(out)  # last: whatever happens to the picture, the result is there
     return report
 
@@ -191,7 +191,7 @@ def _unfinished(out: Path) -> Path:
 def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], out: Path) -> None:
     """Saves model, tokenizer and report in `out`, which is there complete or not at all."""
     unfinished = _unfinished(out)
-    _remove_unfinished(unfinished)
+    remove_folder(unfinished, last=_UNFINISHED)
     unfinished.mkdir()
     try:
         (unfinished / _UNFINISHED).touch()
@@ -206,16 +206,8 @@ def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], out: P
         flush(out.parent)
         (out / _UNFINISHED).unlink()  # last: wherever a kill comes, the next run knows what it may remove
     except BaseException:
-        _remove_unfinished(unfinished)
+        remove_folder(unfinished, last=_UNFINISHED)
         raise
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Removes what was not finished, the file that says so last."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name != _UNFINISHED:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_indentation(file: Path) -> None:

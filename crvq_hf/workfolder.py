@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_FINGERPRINT = "fingerprint.json"
+FINGERPRINT = "fingerprint.json"
 
 
 class WorkFolder:
@@ -39,7 +39,7 @@ class WorkFolder:
         fingerprint = json.loads(json.dumps(fingerprint))
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"The work folder {self.path} is a file; name another with work_dir.")
-        if self.path.is_dir() and not (self.path / _FINGERPRINT).exists():
+        if self.path.is_dir() and not (self.path / FINGERPRINT).exists():
             if any(p.name != ".lock" and not p.name.endswith(".tmp") for p in self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and not a work folder; name another with work_dir.")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ class WorkFolder:
             raise
 
     def _compare(self, fingerprint: dict[str, Any]) -> None:
-        file = self.path / _FINGERPRINT
+        file = self.path / FINGERPRINT
         if not file.exists():
             content = json.dumps(fingerprint, indent=1).encode()
             self._write(file, lambda temporary: temporary.write_bytes(content))
@@ -150,6 +150,24 @@ class WorkFolder:
                     "what is finished is kept",
                 ) from error
             raise
+
+
+def is_work_folder(path: Path) -> bool:
+    """Returns whether a folder is a work folder, or an empty one."""
+    return path.is_dir() and ((path / FINGERPRINT).is_file() or not any(path.iterdir()))
+
+
+def remove_folder(folder: Path, last: str) -> None:
+    """Removes a folder with the file `last`, by which it is known to be ours, after all others.
+
+    So a kill on the way leaves what the next run can remove. What cannot be removed is left.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != last:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
