@@ -1,5 +1,6 @@
 """The work folder: what a run has finished, on disk, so that a killed run continues where it was."""
 
+import contextlib
 import errno
 import json
 import math
@@ -166,7 +167,8 @@ def remove_folder(folder: Path, last: str) -> None:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path.name != last:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
     shutil.rmtree(folder, ignore_errors=True)
 
 

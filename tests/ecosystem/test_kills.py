@@ -28,12 +28,12 @@ def test_a_kill_while_the_work_folder_is_removed(tmp_path, removed, monkeypatch)
         work.save("block_0000", {})
     count = 0
 
-    def unlink(self, missing_ok=False, original=Path.unlink):
+    def unlink(self, original=Path.unlink):
         nonlocal count
         if count == removed:
             raise KeyboardInterrupt
         count += 1
-        original(self, missing_ok=missing_ok)
+        original(self)
 
     with monkeypatch.context() as context:
         context.setattr(Path, "unlink", unlink)
