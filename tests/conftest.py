@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.utils._device
 
 if not torch.cuda.is_available():
     # Must be set before anything imports Triton: a kernel is bound to the interpreter when it is decorated.
@@ -26,6 +27,8 @@ def poisoned_empty(monkeypatch):
 
     An element that is never written then shows up.
     """
+    # What `torch.device` as a context acts on is looked up once per process; it must find the functions themselves.
+    torch.utils._device._device_constructors()
 
     def poison(allocate):
         def allocate_poisoned(*args, **kwargs):

@@ -710,17 +710,29 @@ static void linear_thread(void *context, int thread) {
     for (int64_t m = 0; m < l->tokens; m++) write_rows(l, m, tile, tile_end);
 }
 
-/* Memory that a calling thread keeps: fresh pages would cost more than a small layer. */
+/* Memory that a calling thread keeps until it ends: fresh pages would cost more than a small layer. */
+typedef struct {
+    size_t size;
+    uint8_t padding[64 - sizeof(size_t)];
+} workspace_header;
+
+static pthread_key_t workspace_key;
+
+static void make_workspace_key(void) { pthread_key_create(&workspace_key, free); }
+
 static uint8_t *workspace(size_t size) {
-    static _Thread_local uint8_t *memory;
-    static _Thread_local size_t capacity;
-    if (size > capacity) {
-        free(memory);
-        capacity = 0;
-        if (posix_memalign((void **)&memory, 64, size)) return memory = NULL;
-        capacity = size;
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, make_workspace_key);
+    workspace_header *held = pthread_getspecific(workspace_key);
+    if (!held || held->size < size) {
+        free(held);
+        void *memory = NULL;
+        if (posix_memalign(&memory, sizeof *held, sizeof *held + size)) memory = NULL;
+        held = memory;
+        if (pthread_setspecific(workspace_key, held) || !held) return NULL;
+        held->size = size;
     }
-    return memory;
+    return (uint8_t *)(held + 1);
 }
 
 static void *take(uint8_t **next, int64_t bytes) {

@@ -1,0 +1,58 @@
+/* Runs the CPU kernel from several threads at once, for a sanitizer to watch. test_sanitizers.py builds and runs it.
+ * Prints "done" if every result was the same for every number of threads. */
+#include "cpu_kernel.c"
+
+#include <stdio.h>
+
+enum { ROWS = 320, CHANNELS = 1024, GROUP = 8, CRITICAL = 3, BOOKS = 4, CODEWORDS = 256, TOKENS = 5, CALLERS = 3 };
+
+static void *caller(void *argument) {
+    crvq_call call = *(crvq_call *)argument;
+    size_t size = TOKENS * ROWS * sizeof(float);
+    float *first = malloc(size), *other = malloc(size), *weight = malloc(ROWS * CHANNELS * sizeof(float));
+    intptr_t different = 0;
+    for (int repetition = 0; repetition < 12; repetition++) {
+        call.y = repetition ? other : first;
+        call.threads = 1 + repetition % 4;
+        different |= crvq_linear(&call);
+        if (repetition) different |= memcmp(first, other, size) != 0;
+    }
+    call.y = weight;
+    call.row_count = ROWS;
+    for (call.permuted = 0; call.permuted < 2; call.permuted++) different |= crvq_dequantize(&call);
+    free(first), free(other), free(weight);
+    return (void *)different;
+}
+
+int main(void) {
+    int blocks = (CHANNELS / GROUP + (BOOKS - 1) * CRITICAL + TILE_GROUPS - 1) / TILE_GROUPS;
+    size_t codes = (size_t)blocks * TILE_GROUPS * ROWS;
+    uint8_t *tiles = malloc(codes);
+    uint16_t *codebooks = malloc(BOOKS * CODEWORDS * GROUP * 2), *scales = malloc(ROWS * 2);
+    int16_t *order = malloc(CHANNELS * 2);
+    float *x = malloc(TOKENS * CHANNELS * sizeof(float));
+    for (size_t i = 0; i < codes; i++) tiles[i] = (uint8_t)rand();
+    for (int i = 0; i < BOOKS * CODEWORDS * GROUP; i++) codebooks[i] = float_to_half((rand() % 2001 - 1000) / 500.0f);
+    for (int i = 0; i < ROWS; i++) scales[i] = float_to_half(1 + i % 7 / 8.0f);
+    for (int i = 0; i < CHANNELS; i++) order[i] = (int16_t)(i * 7 % CHANNELS);
+    for (int i = 0; i < TOKENS * CHANNELS; i++) x[i] = (rand() % 2001 - 1000) / 300.0f;
+    intptr_t different = 0;
+    for (int instructions = 0; instructions <= crvq_instructions(); instructions++) {
+        crvq_call call = {
+            .x = x, .tokens = TOKENS, .instructions = instructions, .threads = 2, .tiles = tiles,
+            .codebooks = codebooks, .scales = scales, .order = order, .out_features = ROWS, .in_features = CHANNELS,
+            .group = GROUP, .num_codebooks = BOOKS, .codebook_size = CODEWORDS, .nbits = 8, .critical = CRITICAL,
+            .order_bytes = 2, .codebook_type = FLOAT16, .scale_type = FLOAT16,
+        };
+        pthread_t threads[CALLERS];
+        for (int i = 0; i < CALLERS; i++) pthread_create(&threads[i], NULL, caller, &call);
+        for (int i = 0; i < CALLERS; i++) {
+            void *result;
+            pthread_join(threads[i], &result);
+            different |= (intptr_t)result;
+        }
+    }
+    free(tiles), free(codebooks), free(scales), free(order), free(x);
+    puts(different ? "different results" : "done");
+    return different != 0;
+}
