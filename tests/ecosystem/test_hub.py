@@ -25,13 +25,13 @@ from crvq_hf.cli import main
 from crvq_hf.hub import card_text, licence_in, prepare, push
 from crvq_hf.info import read_info
 
-# What someone else does with the models, in a new process: load both by id and compare them with what was pushed.
+# What someone else does with the models, in a new process where crvq-hf is installed and not imported: load both by id
+# and compare them with what was pushed.
 STRANGER = """
-import sys
 import torch
-import crvq_hf
-from crvq_hf.info import read_info
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+assert "crvq_hf" not in sys.modules
 
 tokens = torch.arange(3, 27).view(2, 12)
 for name, folder in zip(sys.argv[1::2], sys.argv[2::2]):
@@ -39,6 +39,7 @@ for name, folder in zip(sys.argv[1::2], sys.argv[2::2]):
     assert torch.equal(there(tokens).logits, here(tokens).logits), name
     there, here = (AutoTokenizer.from_pretrained(source)("quick").input_ids for source in (name, folder))
     assert there == here
+    from crvq_hf.info import read_info  # only now
     assert read_info(name).bits_per_weight == read_info(folder).bits_per_weight
 """
 
@@ -101,7 +102,7 @@ def error_of(capsys, *arguments) -> str:
 # Everything there and back
 
 
-def test_pushed_and_loaded_by_id(made, tmp_path):
+def test_pushed_and_loaded_by_id(made, installed, preamble, tmp_path):
     """By the command line and from memory; the environment is a user's, with nothing of the client replaced."""
     dense, out = made
     program = (
@@ -114,11 +115,12 @@ def test_pushed_and_loaded_by_id(made, tmp_path):
         environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         pusher = environment | {"HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "pusher")}
         reader = environment | {"HF_HOME": str(tmp_path / "reader")}
+        stranger = ("-E", "-S", "-c", preamble(installed) + STRANGER)
         for variables, *command in (
-            (pusher, program, out),
-            (reader, STRANGER, "user/model", out, "user/again", out),
+            (pusher, "-c", program, out),
+            (reader, *stranger, "user/model", out, "user/again", out),
         ):
-            command = [sys.executable, "-c", *map(str, command)]
+            command = [sys.executable, *map(str, command)]
             result = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
             assert result.returncode == 0, result.stdout + result.stderr
             if variables is pusher:
