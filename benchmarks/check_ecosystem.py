@@ -291,7 +291,8 @@ def main() -> int:
         for number, (title, step) in enumerate(STEPS.items(), 1):
             if not passed(number, title, lambda step=step: step(user)):
                 failures.append(number)
-    print(f"\n{len(STEPS) - len(failures)} of {len(STEPS)} steps passed" + f", failed: {failures}" * bool(failures))
+        failed = f", failed: {failures}" if failures else ""
+        print(f"\n{len(STEPS) - len(failures)} of {len(STEPS)} steps passed{failed}", flush=True)
     return 1 if failures else 0
 
 
