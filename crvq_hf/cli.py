@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from . import distributed
 from .config import FIELDS, CRVQConfig
 from .convert import check_source, convert
 from .demo import MODEL, demo
@@ -71,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("crvq: interrupted; the same command again continues", file=sys.stderr)
         return 130
+    except distributed.EndedElsewhere:  # the process that has failed says why
+        return 2
     except EXPECTED_ERRORS as error:
         if args.debug or os.environ.get("CRVQ_DEBUG") == "1":
             raise
@@ -78,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     finally:
         logger.removeHandler(handler)
+        distributed.leave()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -194,12 +198,15 @@ def _quantize(args: argparse.Namespace) -> None:
     fields = {name: value for name, value in vars(args).items() if name in FIELDS}
     if fields.get("dataset") == "none":
         fields["dataset"] = None
-    config = CRVQConfig(**fields)
-    if args.evaluate is None:
-        report = convert(args.model, args.out, config, args.gguf_file)
-    else:
-        measurement = Measurement(args.evaluate, args.evaluate_seqlen, args.evaluate_windows, config.device)
-        report = convert_and_measure(args.model, args.out, config, args.gguf_file, measurement)
+    with distributed.together(fields.get("device")):
+        config = CRVQConfig(**fields)
+        if args.evaluate is None:
+            report = convert(args.model, args.out, config, args.gguf_file)
+        else:
+            measurement = Measurement(args.evaluate, args.evaluate_seqlen, args.evaluate_windows, config.device)
+            report = convert_and_measure(args.model, args.out, config, args.gguf_file, measurement)
+    if distributed.rank():
+        return
     print(summary(report))
     print(f"{'checkpoint':<18} {megabytes(read_info(args.out).nbytes)} in {args.out}")
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from . import distributed
 from .config import CRVQConfig
 from .gguf_model import load_gguf
 from .hub import licence_in
@@ -41,7 +42,7 @@ def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: 
     Returns:
         The report: the pipeline's (see `quantize_blocks_`) with the `command`, `base_model` and `base_licence`, as in
         `out`/report.json, drawn in report.html and report.png. Where `out` holds the finished result of the same
-        call, nothing is done and that report returned.
+        call, nothing is done and that report returned. Of several processes the first writes all of it.
 
     Raises:
         ValueError: there is no such model, it is already quantized, `out` holds something else, there is too little
@@ -49,15 +50,10 @@ def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: 
         OSError: the result cannot be saved; the work folder is kept.
     """
     out = Path(os.path.abspath(out))
-    finished = finished_report(source, out, config, gguf_file)
     work = Path(config.work_dir or f"{out}.work")
+    finished = distributed.first(lambda: _start(source, out, config, gguf_file, work))
     if finished is not None:
-        if is_work_folder(work):  # a kill came before the end
-            remove_folder(work, last=FINGERPRINT)
-        (out / _UNFINISHED).unlink(missing_ok=True)
-        logger.warning("%s is already the finished result of this command; nothing to do.", out)
         return finished
-    _check_writable(out.parent)
     command = command_of(source, gguf_file, config)
     config = copy.copy(config)
     config.work_dir = str(work)
@@ -67,19 +63,32 @@ def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: 
     try:
         quantize_model(model, tokenizer if config.tokenizer is None else None, config)
     except BaseException as error:
-        if is_new and not (work / "calibration.safetensors").exists():  # nothing in it is worth keeping
+        # Nothing in it is worth keeping.
+        if distributed.rank() == 0 and is_new and not (work / "calibration.safetensors").exists():
             remove_folder(work, last=FINGERPRINT)
         if is_full_disk(error):
             raise OSError(f"The disk is full ({work}); free some space and run the same command again.") from error
         raise
-    report = shareable(
-        {
-            **model.crvq_report,
-            "command": command,
-            "command_digest": command_digest(command),
-            "base_licence": licence_in(source),
-        }
-    )
+    extra = {"command": command, "command_digest": command_digest(command), "base_licence": licence_in(source)}
+    report = shareable(model.crvq_report | extra)
+    return distributed.first(lambda: _finish(model, tokenizer, report, out, work))
+
+
+def _start(source: str, out: Path, config: CRVQConfig, gguf_file: str | None, work: Path) -> dict[str, Any] | None:
+    """Returns the report of a finished result of the same call, which it tidies up; None if there is work to do."""
+    finished = finished_report(source, out, config, gguf_file)
+    if finished is None:
+        _check_writable(out.parent)
+        return None
+    if is_work_folder(work):  # a kill came before the end
+        remove_folder(work, last=FINGERPRINT)
+    (out / _UNFINISHED).unlink(missing_ok=True)
+    logger.warning("%s is already the finished result of this command; nothing to do.", out)
+    return finished
+
+
+def _finish(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], out: Path, work: Path) -> dict[str, Any]:
+    """Saves everything in `out`, then removes the work folder; returns the report."""
     try:
         _save(model, tokenizer, report, out)
     except (OSError, SafetensorError) as error:

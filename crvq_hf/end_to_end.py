@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from . import distributed
 from .blocks import BlockRunner
 from .finetune import Trainer, distillation_loss, shuffled, tunable
 from .workfolder import WorkFolder
@@ -26,6 +27,7 @@ def finetune_end_to_end_(
     seed: int,
     precision: Callable[[], AbstractContextManager],
     work: WorkFolder,
+    shares: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """Tunes codebooks, scales, norms and biases of all blocks on KL(full precision || quantized).
 
@@ -41,6 +43,7 @@ def finetune_end_to_end_(
         seed: of the order of batches.
         precision: makes the context to run the model in.
         work: where the state is kept, so that a killed run goes on from it.
+        shares: which share of each batch is in this process (see `distributed.batch_parts`); None: all of it.
 
     Returns:
         The mean loss in nats over the first tenth of the steps and over the last: `{"first": ..., "last": ...}`.
@@ -48,6 +51,7 @@ def finetune_end_to_end_(
     model = runner.model
     device = next(model.parameters()).device
     order = shuffled(len(batches), epochs, seed)
+    shares = [1.0] * len(batches) if shares is None else shares
     losses: list[float] = []
     with tunable(runner.blocks) as parameters:
         trainer = Trainer(parameters, len(order), peak)
@@ -55,15 +59,17 @@ def finetune_end_to_end_(
         saved_at = time.monotonic()
         bar = transformers_logging.tqdm(total=len(order), initial=first, desc="end-to-end fine-tuning", unit="step")
         for number in range(first, len(order)):
-            index = order[number]
-            with precision():
-                teacher = runner.logits(hidden[index].to(device, torch.float32))
-                logits = model(input_ids=batches[index].to(device), use_cache=False).logits
-            losses.append(trainer.step(number, distillation_loss(logits, teacher)))
+            index, loss = order[number], None
+            if shares[index]:
+                with precision():
+                    teacher = runner.logits(hidden[index].to(device, torch.float32))
+                    logits = model(input_ids=batches[index].to(device), use_cache=False).logits
+                loss = distillation_loss(logits, teacher)
+            losses.append(trainer.step(number, loss, shares[index]))
             bar.update()
             bar.set_postfix_str(f"KL {_mean(losses[-16:]):.3f}")
             last = number + 1 == len(order)
-            if last or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+            if last or distributed.first(lambda since=saved_at: time.monotonic() - since > CHECKPOINT_SECONDS):
                 work.save(_NAME, trainer.state(), {"step": number + 1, "losses": losses})
                 saved_at = time.monotonic()
         bar.close()

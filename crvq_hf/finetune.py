@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from crvq_kernels import unpack_codes
 from torch import Tensor, nn
 
+from . import distributed
 from .linear import CRVQLinear
 from .quantized_weight import QuantizedWeight
 from .search import assemble
@@ -212,17 +213,24 @@ class Trainer:
         self.parameters, self.steps, self.peak = parameters, steps, peak
         self.optimizer = torch.optim.Adam(parameters, lr=peak, betas=(0.9, 0.95))
 
-    def step(self, number: int, loss: Tensor) -> float:
-        """Takes step `number` down the gradient of `loss`; returns the loss.
+    def step(self, number: int, loss: Tensor | None, share: float = 1.0) -> float:
+        """Takes step `number` down the gradient of the loss of the whole batch; returns that loss.
+
+        Args:
+            number: of the step.
+            loss: mean over this process's part of the batch; None if it has no part.
+            share: of the batch that this part is.
 
         Raises:
             ValueError: the loss is not finite.
         """
-        value = float(loss.detach())
+        self.optimizer.zero_grad(set_to_none=True)
+        if loss is not None:
+            loss = loss * share
+            loss.backward()
+        value = distributed.sum_gradients_(self.parameters, 0.0 if loss is None else float(loss.detach()))
         if not math.isfinite(value):
             raise ValueError(f"Fine-tuning met a loss of {value} at step {number}; try a smaller learning rate.")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(number, self.steps, self.peak)
         self.optimizer.step()
@@ -263,6 +271,7 @@ def finetune_block_(
     epochs: int,
     peak: float,
     seed: int,
+    shares: Sequence[float] | None = None,
 ) -> tuple[float, float]:
     """Fits a quantized block to the full-precision model's hidden states after it.
 
@@ -274,16 +283,21 @@ def finetune_block_(
         epochs: passes over the batches.
         peak: learning rate.
         seed: of the order of batches.
+        shares: which share of each batch is in this process (see `distributed.batch_parts`); None: all of it.
 
     Returns:
         The mean loss over the first and over the last tenth of the steps.
     """
     order = shuffled(len(inputs), epochs, seed)
+    shares = [1.0] * len(inputs) if shares is None else shares
     losses = []
     with tunable(block) as parameters:
         trainer = Trainer(parameters, len(order), peak)
         for number, index in enumerate(order):
-            output = run(inputs[index])
-            losses.append(trainer.step(number, relative_loss(output, targets[index].to(output.device).float())))
+            loss = None
+            if shares[index]:
+                output = run(inputs[index])
+                loss = relative_loss(output, targets[index].to(output.device).float())
+            losses.append(trainer.step(number, loss, shares[index]))
     part = max(1, len(losses) // 10)
     return sum(losses[:part]) / part, sum(losses[-part:]) / part

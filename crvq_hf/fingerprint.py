@@ -11,7 +11,10 @@ from torch import nn
 from .config import CRVQConfig
 
 # Files whose code decides what comes out: a work folder that other code has written is not continued.
-_ALGORITHM = "blocks calibration codebook end_to_end finetune hessian importance pipeline quantize search".split()
+_ALGORITHM = (
+    "block_state blocks calibration codebook distributed end_to_end finetune hessian importance pipeline quantize "
+    "quantized_weight search streams"
+).split()
 # Tokenizers that split this alike are taken for the same.
 _PROBE = "Channel-relaxed vector quantization stores 1,024 weights in 1.1 bits each; naïvely, def f(x): return x\n"
 

@@ -45,6 +45,12 @@ class HessianAccumulator:
             self.mean.mul_(self.rows / total).addmm_(x.T, x, alpha=1.0 / total)
         self.rows = total
 
+    def weigh_(self, rows: int) -> None:
+        """Makes this a part of a mean over `rows` rows, these and others: the parts then add up to it."""
+        if rows:
+            self.mean.mul_(self.rows / rows)
+        self.rows = rows
+
     def hessian(self) -> Tensor:
         """Returns `[in_features, in_features]`, fp32; the identity when no token ever reached the layer.
 

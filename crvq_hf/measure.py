@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from . import distributed
 from .config import CRVQConfig
 from .convert import check_source, convert, finished_report, load_dense
 from .device import compute_device
@@ -55,13 +56,13 @@ def convert_and_measure(
     """
     text = Path(measurement.text)
     wanted = {"seqlen": measurement.seqlen, "most_windows": measurement.windows, "text_sha256": _sha256(text)}
-    finished = finished_report(source, out, config, gguf_file)
+    finished = distributed.first(lambda: finished_report(source, out, config, gguf_file))
     found = (finished or {}).get("evaluation", {})
     if all(found.get(key) == value for key, value in wanted.items()):
         return convert(source, out, config, gguf_file)
-    before = _measure(source, gguf_file, measurement)
+    before = distributed.first(lambda: _measure(source, gguf_file, measurement))
     report = finished or convert(source, out, config, gguf_file)
-    after = _measure(os.fspath(out), None, measurement)
+    after = distributed.first(lambda: _measure(os.fspath(out), None, measurement))
     windows = ["--seqlen", str(measurement.seqlen), "--windows", str(measurement.windows)]
     evaluation = {
         "text": text.name,
@@ -72,8 +73,7 @@ def convert_and_measure(
         "after": {key: after[key] for key in ("value", "seconds")},
     }
     report = {**report, "evaluation": evaluation}
-    save_report(out, report)
-    draw_if_possible(out)
+    distributed.first(lambda: (save_report(out, report), draw_if_possible(out)))
     return report
 
 

@@ -2,23 +2,27 @@
 
 Two streams of hidden states run through the blocks: those of the full-precision model, the targets, and those of the
 quantized model, the inputs that every layer is calibrated on, so that later layers can make up for earlier ones.
+
+Of several processes (see `distributed`) each has its share of the sequences in both streams, and fits some of the
+layers of a stage. All have the same blocks; the first writes.
 """
 
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
-from crvq_kernels import pack_codes
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from . import distributed
+from .block_state import dtypes_of, load_block_, restore_dtypes_, tunable_state
 from .blocks import BlockRunner, find_blocks, for_each_input, kind_of, linear_stages
 from .calibration import calibration_tokens
 from .config import CRVQConfig
@@ -28,16 +32,15 @@ from .finetune import finetune_block_
 from .fingerprint import default_work_dir, run_fingerprint
 from .hessian import HessianAccumulator
 from .linear import CRVQLinear
-from .quantize import LayerCodes, fit_weight
-from .quantized_weight import QuantizedWeight, order_dtype
+from .quantize import fit_weight
+from .quantized_weight import to_stored
 from .replace import linear_size, quantizable_linears, set_quantized_
+from .streams import batches, embed
 from .workfolder import WorkFolder
 
 logger = logging.getLogger("crvq")
 
 # Found by measurement on SmolLM2-135M (benchmarks/LOG.md).
-MEMORY_SHARE = 0.25  # of free memory for the full-precision model's hidden states; beyond it they go to the disk
-RUN_TOKENS = 2048  # tokens that go through a block at once
 BLOCK_STEP_TOKENS = 512  # tokens of one step of block fine-tuning: many small steps beat few large ones
 BLOCK_LEARNING_RATE = 8e-3
 E2E_STEP_TOKENS = 512
@@ -100,11 +103,11 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
         The report, JSON-able, also left at `model.crvq_report`: `bits_per_weight` (stored bits over the quantized
         layers, order counted), `layers` (`relative_error`, `bits_per_weight`, `seconds` by name), `seconds` by phase,
         `calibration_tokens` and `e2e_tokens` (how many were used before and in end-to-end fine-tuning),
-        `activation_bytes`, `peak_memory_bytes`, `e2e_loss`.
+        `activation_bytes`, `peak_memory_bytes` (of several processes, of this one), `e2e_loss`.
 
     Raises:
         ValueError: no layer to quantize, no usable calibration text, NaN in weights or activations, a work folder of
-            another run, too little memory or disk for the activations.
+            another run, too little memory or disk for the activations, fewer sequences than processes.
     """
     device = compute_device(config.device)
     blocks_name, blocks = find_blocks(model)
@@ -133,8 +136,9 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
 
 def _quantize(run: _Run, tokens: Tensor | None) -> dict[str, Any]:
     """Quantizes all blocks, then fine-tunes end to end; returns the report."""
-    full, quantized = (None, None) if tokens is None else _embed(run, tokens)
-    activation_bytes = 0 if full is None else full.nbytes + quantized.nbytes
+    run.runner = None if tokens is None else BlockRunner(run.model)
+    full, quantized = (None, None) if tokens is None else embed(run.runner, tokens, run.config, run.work)
+    activation_bytes = sum(distributed.gather(0 if full is None else full.nbytes + quantized.nbytes))
     finished = sum(run.work.has(_block_file(index)) for index in range(len(run.blocks)))
     if finished:
         logger.info("%d of %d blocks are finished already; going on from there.", finished, len(run.blocks))
@@ -149,9 +153,10 @@ def _quantize(run: _Run, tokens: Tensor | None) -> dict[str, Any]:
     del quantized
     losses, e2e_tokens = None, 0
     if tokens is not None and run.config.e2e_finetune_epochs:
-        part = slice(run.config.e2e_nsamples or len(tokens))
-        e2e_tokens = tokens[part].numel()
-        losses = _finetune_end_to_end(run, tokens[part], full[part])
+        chosen = tokens[: run.config.e2e_nsamples or None]
+        e2e_tokens = chosen.numel()
+        own = distributed.share(chosen)
+        losses = _finetune_end_to_end(run, own, full[: len(own)])
     return {
         "bits_per_weight": _bits(run),
         "layers": run.layers,
@@ -185,69 +190,37 @@ def _bits(run: _Run) -> float:
     return sum(8 * layer.quantized_weight().nbytes for layer in layers) / max(1, weights)
 
 
-def _batches(samples: Tensor, batch_tokens: int | None = None) -> tuple[Tensor, ...]:
-    """Returns views of `samples` `[nsamples, seqlen, ...]`, at least one sequence each.
+def _steps(samples: Tensor, step_tokens: int) -> tuple[list[Tensor], list[float]]:
+    """Returns what this process has of the batch of each step of fine-tuning, see `distributed.batch_parts`.
 
-    Args:
-        samples: what to split.
-        batch_tokens: tokens in a batch at most; None: as many as go through a block at once.
+    A step has the same sequences however many processes there are, at least one.
     """
-    return samples.split(max(1, (batch_tokens or RUN_TOKENS) // samples.shape[1]))
-
-
-def _embed(run: _Run, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns what the first block receives, twice, in the model's dtype, on the CPU.
-
-    Returns:
-        For all `tokens`, `[sequences, seqlen, hidden_size]`, on the disk if large; for the first `nsamples` of them.
-
-    Raises:
-        ValueError: they do not fit in memory or on the disk.
-    """
-    width, dtype = run.model.config.get_text_config().hidden_size, run.model.dtype
-    first = tokens[: run.config.nsamples]
-    needed, more = (t.numel() * width * dtype.itemsize for t in (first, tokens))
-    available = psutil.virtual_memory().available
-    on_disk = more > MEMORY_SHARE * available
-    needed += 0 if on_disk else more
-    where = f"{needed / 1e9:.2f} GB of memory" + (f" and {more / 1e9:.2f} GB of the disk" if on_disk else "")
-    logger.info("Calibration activations take %s.", where)
-    if needed > 0.9 * available:
-        raise ValueError(
-            f"The activations of {first.numel()} calibration tokens need {needed / 1e9:.1f} GB of memory, "
-            f"{available / 1e9:.1f} GB are free; lower nsamples or seqlen."
-        )
-    shape = (*tokens.shape, width)
-    full = run.work.scratch(shape, dtype) if on_disk else torch.empty(shape, dtype=dtype)
-    run.runner = BlockRunner(run.model)
-    for batch, place in zip(_batches(tokens), _batches(full), strict=True):
-        place.copy_(run.runner.embed(batch))
-    return full, full[: len(first)].clone()
+    return distributed.batch_parts(samples, max(1, step_tokens // samples.shape[1]))
 
 
 def _advance(run: _Run, index: int, full: Tensor | None, quantized: Tensor | None) -> None:
     """Quantizes one block, or takes it from the work folder, and moves both streams past it, in place."""
     block, name = run.blocks[index], _block_file(index)
     home = next(block.parameters()).device
-    dtypes = _dtypes(block)
+    dtypes = dtypes_of(block)
     block.to(run.device, torch.float32)
     if full is not None:
         _move_stream(run, index, full)
     saved = run.work.load(name)
     if saved is None:
         _quantize_block(run, index, quantized, full if full is None else full[: len(quantized)])
-        _restore_dtypes(block, dtypes)
+        restore_dtypes_(block, dtypes)
         lines = {key: run.layers[f"{run.blocks_name}.{index}.{key}"] for key in run.linears[index]}
-        run.work.save(name, _tunable_state(block), lines)
+        run.work.save(name, tunable_state(block), lines)
     else:
         tensors, lines = saved
-        _load_block(run, block, run.linears[index], tensors)
-        _restore_dtypes(block, dtypes)
+        load_block_(block, run.linears[index], tensors, run.config, run.device)
+        restore_dtypes_(block, dtypes)
         run.layers.update({f"{run.blocks_name}.{index}.{key}": line for key, line in lines.items()})
     if quantized is not None:
         block.to(run.device, torch.float32)
         _move_stream(run, index, quantized)
-        _restore_dtypes(block, dtypes)
+        restore_dtypes_(block, dtypes)
     block.to(home)
 
 
@@ -255,7 +228,7 @@ def _advance(run: _Run, index: int, full: Tensor | None, quantized: Tensor | Non
 def _move_stream(run: _Run, index: int, stream: Tensor) -> None:
     """Overwrites hidden states before block `index` with those after it."""
     start = time.perf_counter()
-    for hidden in _batches(stream):
+    for hidden in batches(stream):
         hidden.copy_(run.run_block(index, hidden))
     _check_finite(stream, f"{run.blocks_name}.{index}", "output")
     run.timed("running blocks", start)
@@ -272,33 +245,73 @@ def _quantize_block(run: _Run, index: int, inputs: Tensor | None, targets: Tenso
     """
     block, names = run.blocks[index], run.linears[index]
     if inputs is None:
-        for name in names:
-            eye = torch.eye(linear_size(block.get_submodule(name))[0], device=run.device)
-            _quantize_linear(run, index, name, eye)
+
+        def identity(name: str) -> Tensor:
+            return torch.eye(linear_size(block.get_submodule(name))[0], device=run.device)
+
+        _quantize_stage(run, index, [[name] for name in names], identity)
         return
     if not names:
         return
-    for stage in linear_stages(block, names, lambda: run.run_block(index, inputs[:1])):
+    stages = distributed.first(lambda: linear_stages(block, names, lambda: run.run_block(index, inputs[:1])))
+    for stage in stages:
         start = time.perf_counter()
         hessians = _hessians(run, index, [group[0] for group in stage], inputs)
         run.timed("hessians", start)
-        for group in stage:
-            hessian = hessians.pop(group[0]).hessian()
-            _check_finite(hessian, f"{run.blocks_name}.{index}.{group[0]}", "calibration input")
-            for name in group:
-                _quantize_linear(run, index, name, hessian)
+        _quantize_stage(run, index, stage, lambda name, found=hessians: found.pop(name).hessian())
     if run.config.block_finetune_epochs:
         start = time.perf_counter()
+        parts, shares = _steps(inputs, BLOCK_STEP_TOKENS)
         finetune_block_(
             block,
             lambda hidden: run.run_block(index, hidden),
-            _batches(inputs, BLOCK_STEP_TOKENS),
-            _batches(targets, BLOCK_STEP_TOKENS),
+            parts,
+            _steps(targets, BLOCK_STEP_TOKENS)[0],
             epochs=run.config.block_finetune_epochs,
             peak=BLOCK_LEARNING_RATE,
             seed=run.config.seed + index,
+            shares=shares,
         )
         run.timed("block fine-tuning", start)
+
+
+def _quantize_stage(run: _Run, index: int, stage: list[list[str]], hessian_of: Callable[[str], Tensor]) -> None:
+    """Quantizes the linears of a stage, each in one of the processes, and puts them all in the block of each.
+
+    Args:
+        run: the run.
+        index: which block.
+        stage: groups of names that share a Hessian.
+        hessian_of: returns it, by the first name of the group; called once for each.
+    """
+    block, names = run.blocks[index], [name for group in stage for name in group]
+    sizes = {name: linear_size(block.get_submodule(name)) for name in names}
+    mine = distributed.own({name: k * k * n for name, (k, n) in sizes.items()})
+    for group in stage:
+        hessian = hessian_of(group[0])
+        _check_finite(hessian, f"{run.blocks_name}.{index}.{group[0]}", "calibration input")
+        for name in group:
+            if name in mine:
+                _quantize_linear(run, index, name, hessian)
+    _exchange_linears(run, index, names, mine)
+
+
+def _exchange_linears(run: _Run, index: int, names: list[str], mine: set[str]) -> None:
+    """Gives the linears that this process has quantized to the others, and takes theirs."""
+    block, found = run.blocks[index], {}
+    full_names = {name: f"{run.blocks_name}.{index}.{name}" for name in names}
+    fitted = {name: block.get_submodule(name).quantized_weight() for name in mine}
+    tensors = {name: {key: t.cpu() for key, t in weight.tensors().items()} for name, weight in fitted.items()}
+    for part in distributed.gather({name: (tensors[name], run.layers.pop(full_names[name])) for name in mine}):
+        found |= part
+    load_block_(
+        block,
+        [name for name in names if name not in mine],
+        {f"{name}.{key}": t for name, (own, _) in found.items() if name not in mine for key, t in own.items()},
+        run.config,
+        run.device,
+    )
+    run.layers.update({full_names[name]: found[name][1] for name in names})
 
 
 def _hessians(run: _Run, index: int, names: list[str], inputs: Tensor) -> dict[str, HessianAccumulator]:
@@ -306,8 +319,12 @@ def _hessians(run: _Run, index: int, names: list[str], inputs: Tensor) -> dict[s
     block = run.blocks[index]
     sizes = {name: linear_size(block.get_submodule(name))[0] for name in names}
     hessians = {name: HessianAccumulator(size, run.device) for name, size in sizes.items()}
-    forwards = (partial(run.run_block, index, hidden) for hidden in _batches(inputs))
+    forwards = (partial(run.run_block, index, hidden) for hidden in batches(inputs))
     for_each_input(block, names, lambda name, x: hessians[name].add(x), forwards)
+    rows = distributed.gather({name: hessian.rows for name, hessian in hessians.items()})
+    for name, hessian in hessians.items():
+        hessian.weigh_(sum(counts[name] for counts in rows))
+        distributed.sum_(hessian.mean)
     return hessians
 
 
@@ -340,86 +357,26 @@ def _quantize_linear(run: _Run, index: int, name: str, hessian: Tensor) -> None:
     }
 
 
-def to_stored(fitted: LayerCodes, nbits: int) -> QuantizedWeight:
-    """Returns a fitted layer as it is stored: codes packed, codebooks of unit size, fp16.
-
-    Raises:
-        ValueError: the weight is too large for fp16 scales.
-    """
-    size = fitted.codebooks.square().mean().sqrt().clamp_min(1e-12)
-    scales = (fitted.scales * size).half()
-    if not scales.isfinite().all():
-        raise ValueError(
-            f"A row scale of {float((fitted.scales * size).max()):.3g} does not fit float16 (65504 at most); "
-            "leave this layer dense with modules_to_not_convert."
-        )
-    return QuantizedWeight(
-        pack_codes(fitted.codes, nbits),
-        (fitted.codebooks / size).half(),
-        scales,
-        fitted.channel_order.to(order_dtype(len(fitted.channel_order))),
-        nbits,
-        fitted.num_critical_groups,
-    )
-
-
-def _tunable_state(module: nn.Module) -> dict[str, Tensor]:
-    """Returns all that quantizing changes: the tensors of quantized layers, and the norms and biases."""
-    quantized = [name for name, child in module.named_modules() if isinstance(child, CRVQLinear)]
-    return {
-        name: parameter
-        for name, parameter in module.named_parameters()
-        if parameter.dim() <= 1 or name.rpartition(".")[0] in quantized
-    }
-
-
-@torch.no_grad()
-def _load_block(run: _Run, block: nn.Module, names: list[str], tensors: dict[str, Tensor]) -> None:
-    """Puts the finished linears, norms and biases of a work folder into a block."""
-    for name in names:
-        in_features, out_features = linear_size(block.get_submodule(name))
-        shape = run.config.layer_shape(in_features, out_features)
-        own = {
-            key.removeprefix(f"{name}."): value.to(run.device)
-            for key, value in tensors.items()
-            if key.startswith(f"{name}.")
-        }
-        set_quantized_(block, name, QuantizedWeight.from_tensors(own, shape.nbits, shape.num_critical_groups))
-    for name, parameter in block.named_parameters():
-        if name in tensors:
-            parameter.data = tensors[name].to(parameter.device)
-
-
-def _dtypes(module: nn.Module) -> dict[str, torch.dtype]:
-    """Returns the dtype of every parameter and buffer by name."""
-    return {name: t.dtype for name, t in (*module.named_parameters(), *module.named_buffers())}
-
-
-def _restore_dtypes(module: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Casts what is still a float tensor back to what it was before the module went to fp32."""
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name in dtypes and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtypes[name])
-
-
 def _finetune_end_to_end(run: _Run, tokens: Tensor, hidden: Tensor) -> dict[str, float]:
     """Tunes the whole model on the compute device; returns first and last loss."""
     start = time.perf_counter()
     home = next(run.model.parameters()).device
-    dtypes = _dtypes(run.model)
+    dtypes = dtypes_of(run.model)
     for module in run.model.children():  # the model itself refuses to be cast once it is quantized
         module.to(run.device, torch.float32)
+    parts, shares = _steps(tokens, E2E_STEP_TOKENS)
     losses = finetune_end_to_end_(
         run.runner,
-        _batches(tokens, E2E_STEP_TOKENS),
-        _batches(hidden, E2E_STEP_TOKENS),
+        parts,
+        _steps(hidden, E2E_STEP_TOKENS)[0],
         epochs=run.config.e2e_finetune_epochs,
         peak=E2E_LEARNING_RATE,
         seed=run.config.seed,
         precision=run.precision,
         work=run.work,
+        shares=shares,
     )
-    _restore_dtypes(run.model, dtypes)
+    restore_dtypes_(run.model, dtypes)
     run.model.to(home)
     run.timed("end-to-end fine-tuning", start)
     return losses
@@ -430,7 +387,7 @@ def _calibration(run: _Run, tokenizer: Any) -> Tensor | None:
     saved = run.work.load("calibration")
     if saved is not None:
         return saved[0].get("tokens")
-    tokens = calibration_tokens(run.model, tokenizer, run.config)
+    tokens = distributed.first(lambda: calibration_tokens(run.model, tokenizer, run.config))
     run.work.save("calibration", {} if tokens is None else {"tokens": tokens})
     return tokens
 
@@ -439,7 +396,7 @@ def _precision(work: WorkFolder, device: torch.device) -> bool:
     """Returns whether to run blocks in bfloat16: as this run began, else whether it is fast here."""
     saved = work.load("precision")
     if saved is None:
-        saved = {}, {"bfloat16": has_fast_bfloat16(device.type)}
+        saved = {}, {"bfloat16": distributed.first(lambda: has_fast_bfloat16(device.type))}
         work.save("precision", *saved)
     return saved[1]["bfloat16"]
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import crvq_kernels
 import torch
 from crvq_kernels import packing
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .quantize import LayerCodes
 
 TENSOR_NAMES = ("weight", "weight_codebooks", "weight_scale", "weight_order")
 
@@ -253,3 +257,26 @@ class QuantizedWeight:
                     f"{name}.{tensor_name} must be {dtype} of shape {list(shape)}, "
                     f"found {found.dtype} of shape {list(found.shape)}."
                 )
+
+
+def to_stored(fitted: LayerCodes, nbits: int) -> QuantizedWeight:
+    """Returns a fitted layer as it is stored: codes packed, codebooks of unit size, fp16.
+
+    Raises:
+        ValueError: the weight is too large for fp16 scales.
+    """
+    size = fitted.codebooks.square().mean().sqrt().clamp_min(1e-12)
+    scales = (fitted.scales * size).half()
+    if not scales.isfinite().all():
+        raise ValueError(
+            f"A row scale of {float((fitted.scales * size).max()):.3g} does not fit float16 (65504 at most); "
+            "leave this layer dense with modules_to_not_convert."
+        )
+    return QuantizedWeight(
+        packing.pack_codes(fitted.codes, nbits),
+        (fitted.codebooks / size).half(),
+        scales,
+        fitted.channel_order.to(order_dtype(len(fitted.channel_order))),
+        nbits,
+        fitted.num_critical_groups,
+    )

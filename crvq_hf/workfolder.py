@@ -16,14 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import distributed
+
 FINGERPRINT = "fingerprint.json"
 
 
 class WorkFolder:
     """Named sets of tensors with a JSON-able note each, all belonging to one fingerprint.
 
-    Every file is written under a temporary name, flushed and renamed, so a file that is there is complete. One process
-    at a time may use a folder; use it as a context manager.
+    Every file is written under a temporary name, flushed and renamed, so a file that is there is complete. One run at
+    a time may use a folder; use it as a context manager. Of several processes of a run the first writes, all read, and
+    all must call the same methods in the same order.
     """
 
     def __init__(self, path: str | os.PathLike, fingerprint: dict[str, Any]):
@@ -37,14 +40,16 @@ class WorkFolder:
             ValueError: the folder belongs to a run with another fingerprint, holds something else, or is in use.
         """
         self.path = Path(path)
-        fingerprint = json.loads(json.dumps(fingerprint))
+        self._lock = FileLock(self.path / ".lock")
+        distributed.first(lambda: self._open(json.loads(json.dumps(fingerprint))))
+
+    def _open(self, fingerprint: dict[str, Any]) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"The work folder {self.path} is a file; name another with work_dir.")
         if self.path.is_dir() and not (self.path / FINGERPRINT).exists():
             if any(p.name != ".lock" and not p.name.endswith(".tmp") for p in self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and not a work folder; name another with work_dir.")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / ".lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -83,13 +88,16 @@ class WorkFolder:
 
     def save(self, name: str, tensors: dict[str, Tensor], note: Any = None) -> None:
         """Writes `tensors` and a JSON-able note under `name`, replacing what was there."""
+        distributed.first(lambda: self._save(name, tensors, note))
+
+    def _save(self, name: str, tensors: dict[str, Tensor], note: Any) -> None:
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         metadata = {"note": json.dumps(note)}
         self._write(self._file(name), lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     def has(self, name: str) -> bool:
         """Returns whether something is saved under `name`."""
-        return self._file(name).exists()
+        return distributed.first(lambda: self._file(name).exists())
 
     def load(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
         """Returns the tensors and the note saved under `name`, None if there are none.
@@ -121,7 +129,7 @@ class WorkFolder:
                 f"{size / 1e9:.1f} GB of activations do not fit on the disk of {self.path}, {free / 1e9:.1f} GB are "
                 "free; lower e2e_nsamples or seqlen, or name a folder elsewhere with work_dir."
             )
-        temporary = self.path / "scratch.tmp"
+        temporary = self.path / f"scratch{distributed.rank()}.tmp"
         temporary.unlink(missing_ok=True)
         tensor = torch.from_file(str(temporary), shared=True, size=math.prod(shape), dtype=dtype)
         temporary.unlink()  # what is mapped stays until it is let go

@@ -7,8 +7,8 @@ from crvq_kernels.reference import dequantize_ref
 from crvq_hf import CRVQConfig, quantize
 from crvq_hf.codebook import group_metrics, nearest_codes
 from crvq_hf.hessian import damped
-from crvq_hf.pipeline import to_stored
 from crvq_hf.quantize import DAMPING, LayerCodes, fit_weight
+from crvq_hf.quantized_weight import to_stored
 from crvq_hf.search import assemble
 
 

@@ -18,7 +18,7 @@ from tiny import TEXT, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from crvq_hf import CRVQConfig, CRVQLinear, end_to_end, pipeline, quantize_model
+from crvq_hf import CRVQConfig, CRVQLinear, end_to_end, pipeline, quantize_model, streams
 from crvq_hf.blocks import BlockRunner, find_blocks, linear_stages
 from crvq_hf.calibration import calibration_tokens
 from crvq_hf.experts import unfuse_experts_
@@ -109,14 +109,14 @@ def quantize(tmp_path):
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    use_small_steps(lambda name, value: monkeypatch.setattr(pipeline, name, value))
+    use_small_steps(monkeypatch.setattr)
 
 
 def use_small_steps(put) -> None:
     """Lets even a tiny run have several batches and steps, of unequal sizes."""
-    put("RUN_TOKENS", 64)
-    put("BLOCK_STEP_TOKENS", 32)
-    put("E2E_STEP_TOKENS", 32)
+    put(streams, "RUN_TOKENS", 64)
+    put(pipeline, "BLOCK_STEP_TOKENS", 32)
+    put(pipeline, "E2E_STEP_TOKENS", 32)
 
 
 def quantized_layers(model) -> dict[str, CRVQLinear]:
@@ -462,7 +462,7 @@ def run_until_killed(work: str, name: str, count: int, calls: str) -> None:
 
     Writes a line to the file `calls` for every layer that is fitted.
     """
-    use_small_steps(lambda key, value: setattr(pipeline, key, value))
+    use_small_steps(setattr)
     end_to_end.CHECKPOINT_SECONDS = -1.0
     pipeline.has_fast_bfloat16 = lambda device_type: False
     save, fit_weight, left = WorkFolder.save, pipeline.fit_weight, [count]
@@ -614,13 +614,13 @@ def test_a_name_of_a_device_that_is_not_there(quantize):
 def test_activations_that_do_not_fit_are_refused():
     tokens = torch.zeros(1, dtype=torch.int64).expand(10**7, 10**6)
     with pytest.raises(ValueError, match=r"10000000000000 calibration tokens need .* GB of memory.*lower nsamples"):
-        pipeline._embed(SimpleNamespace(model=make("llama"), config=CRVQConfig(nsamples=10**7)), tokens)
+        streams.embed(SimpleNamespace(model=make("llama")), tokens, CRVQConfig(nsamples=10**7), None)
 
 
 @pytest.mark.parametrize(("available", "fits"), [(1 << 40, True), (1 << 10, False)], ids=["enough", "too little"])
 def test_memory_for_the_activations(available, fits, quantize, monkeypatch):
     """What counts is available memory: file cache is given back, and is nearly all after loading a large model."""
-    monkeypatch.setattr(pipeline.psutil, "virtual_memory", lambda: SimpleNamespace(free=0, available=available))
+    monkeypatch.setattr(streams.psutil, "virtual_memory", lambda: SimpleNamespace(free=0, available=available))
     if fits:
         quantize(make("llama", num_hidden_layers=1), **OFF)
         return
@@ -635,7 +635,7 @@ def test_hidden_states_that_do_not_fit_in_memory_are_on_the_disk(quantize, monke
     model = quantize(make("llama"), "memory")
     scratch, found = WorkFolder.scratch, []
     monkeypatch.setattr(WorkFolder, "scratch", lambda *args: found.append(scratch(*args)) or found[-1])
-    monkeypatch.setattr(pipeline, "MEMORY_SHARE", 0.0)
+    monkeypatch.setattr(streams, "MEMORY_SHARE", 0.0)
     other = quantize(make("llama"), "disk")
     assert [tensor.shape for tensor in found] == [(10, 16, 32)]
     assert equal_state(model, other)
@@ -661,7 +661,7 @@ def test_activations_are_held_twice_whatever_the_number_of_blocks(num_blocks, qu
         return run_block(run, index, hidden)
 
     monkeypatch.setattr(pipeline._Run, "run_block", count)
-    monkeypatch.setattr(pipeline, "RUN_TOKENS", 1024)
+    monkeypatch.setattr(streams, "RUN_TOKENS", 1024)
     model = quantize(
         tiny_model(num_hidden_layers=num_blocks),
         dataset=[TEXT] * 20,

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from crvq_hf import CRVQConfig
-from crvq_hf.pipeline import to_stored
 from crvq_hf.quantize import fit_weight
+from crvq_hf.quantized_weight import to_stored
 
 SHAPES = {"blk.9.ffn_up.weight": (1536, 576), "blk.9.ffn_down.weight": (576, 1536)}
 
