@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     except EXPECTED_ERRORS as error:
         if args.debug or os.environ.get("CRVQ_DEBUG") == "1":
             raise
-        print(f"crvq: error: {_one_line(error)}", file=sys.stderr)
+        start = "\n" if distributed.rank() else ""  # where the first process's progress bar ends
+        print(f"{start}crvq: error: {_one_line(error)}", file=sys.stderr)
         return 2
     finally:
         logger.removeHandler(handler)
