@@ -7,9 +7,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no tes
 from pathlib import Path
 
 import torch
+from crvq_kernels import pack_codes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from crvq_hf.quantized_weight import LayerShape, QuantizedWeight, order_dtype
+
+# What the configs of most architectures have in common.
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly box five dozen liquor jugs".split()
 TEXT = "\n".join(" ".join(WORDS[(7 * i + i * i * j) % len(WORDS)] for j in range(12)) + "." for i in range(60))
 
@@ -49,3 +65,16 @@ def save_tiny(folder: Path) -> Path:
     tiny_tokenizer().save_pretrained(folder)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return folder
+
+
+def random_weight(shape: LayerShape) -> QuantizedWeight:
+    """Returns a quantized weight of the given shape with random contents."""
+    codes = torch.randint(shape.codebook_size, (shape.out_features, shape.num_virtual_groups))
+    return QuantizedWeight(
+        codes=pack_codes(codes, shape.nbits),
+        codebooks=torch.randn(shape.num_codebooks, shape.codebook_size, shape.in_group_size).mul(0.3).half(),
+        scales=torch.rand(shape.out_features).add(0.1).half(),
+        channel_order=torch.randperm(shape.in_features).to(order_dtype(shape.in_features)),
+        nbits=shape.nbits,
+        num_critical_groups=shape.num_critical_groups,
+    )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pipeline import FIELDS, make, use_small_steps
 from tiny import save_tiny
+from whole_models import FIELDS, make, use_small_steps
 
 from crvq_hf import CRVQConfig, distributed, end_to_end, pipeline, quantize_model
 from crvq_hf.workfolder import WorkFolder

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from made import make_quantized
 from tiny import tiny_model, tiny_tokenizer
 
 from crvq_hf import CRVQConfig, quantize_model
@@ -67,3 +68,15 @@ def run_installed(preamble, tmp_path):
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folders of a dense and of its quantized model; tests must not change them."""
+    return make_quantized(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    """A copy of the quantized model that a test may change."""
+    return shutil.copytree(made[1], tmp_path / "out")

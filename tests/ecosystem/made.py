@@ -3,13 +3,10 @@
 import json
 from pathlib import Path
 
-import torch
-from crvq_kernels import pack_codes
-from tiny import save_tiny, tiny_tokenizer
+from tiny import random_weight, save_tiny, tiny_tokenizer
 
-from crvq_hf import CRVQConfig, QuantizedWeight
+from crvq_hf import CRVQConfig
 from crvq_hf.convert import convert
-from crvq_hf.quantized_weight import LayerShape, order_dtype
 from crvq_hf.quantizer import CRVQQuantizer
 from crvq_hf.replace import linear_size, quantizable_linears, set_quantized_
 
@@ -57,16 +54,3 @@ def save_random(folder: Path, model, error=lambda block, index: 0.05) -> Path:
     }
     (folder / "report.json").write_text(json.dumps(report))
     return folder
-
-
-def random_weight(shape: LayerShape) -> QuantizedWeight:
-    """Returns a quantized weight of the given shape with random contents."""
-    codes = torch.randint(shape.codebook_size, (shape.out_features, shape.num_virtual_groups))
-    return QuantizedWeight(
-        codes=pack_codes(codes, shape.nbits),
-        codebooks=torch.randn(shape.num_codebooks, shape.codebook_size, shape.in_group_size).mul(0.3).half(),
-        scales=torch.rand(shape.out_features).add(0.1).half(),
-        channel_order=torch.randperm(shape.in_features).to(order_dtype(shape.in_features)),
-        nbits=shape.nbits,
-        num_critical_groups=shape.num_critical_groups,
-    )

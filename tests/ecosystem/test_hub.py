@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 from hub_server import TOKEN, running_hub
 from huggingface_hub import ModelCard
-from made import SETTINGS, make_quantized
+from made import SETTINGS
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -56,18 +56,6 @@ EVALUATION = {
     "before": {"value": 12.3456, "seconds": 1.0},
     "after": {"value": 78.9012, "seconds": 1.0},
 }
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Folders of a dense and of its quantized model; tests must not change them."""
-    return make_quantized(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def out(made, tmp_path):
-    """A copy of the quantized model that a test may change."""
-    return shutil.copytree(made[1], tmp_path / "out")
 
 
 @pytest.fixture

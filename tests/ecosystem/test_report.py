@@ -11,7 +11,7 @@ import re
 import shutil
 
 import pytest
-from made import SETTINGS, make_quantized, save_random
+from made import SETTINGS, save_random
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_model
@@ -24,18 +24,6 @@ from crvq_hf.experts import find_fused_experts, unfuse_experts_
 from crvq_hf.report import command_line, draw_report, read_quantized, shareable, write_report
 
 VOID = {"meta", "img", "br"}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Folders of a dense and of its quantized model; tests must not change them."""
-    return make_quantized(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def out(made, tmp_path):
-    """A copy of the quantized model that a test may change."""
-    return shutil.copytree(made[1], tmp_path / "out")
 
 
 @pytest.fixture

@@ -5,16 +5,9 @@ import logging
 import pytest
 import torch
 from crvq_kernels import cpu, dequantize, dequantize_ref, implementation, linear, linear_ref, ops, portable, tile_codes
+from formats import FORMATS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FORMATS = [
-    pytest.param(8, 8, 3, 2, id="d8-e8-E3"),
-    pytest.param(4, 5, 1, 1, id="d4-e5-E1"),
-    pytest.param(16, 10, 3, 9, id="d16-e10-all-critical"),
-    pytest.param(8, 4, 0, 0, id="d8-e4-E0"),
-    pytest.param(4, 11, 7, 3, id="d4-e11-E7"),
-    pytest.param(8, 12, 3, 0, id="d8-e12-none-critical"),
-]
 
 
 class Path:

@@ -10,34 +10,21 @@ import types
 import pytest
 import torch
 import transformers
-from crvq_kernels import pack_codes
+from tiny import SIZES, random_weight
 
-from crvq_hf import CRVQConfig, QuantizedWeight
-from crvq_hf.quantized_weight import LayerShape, order_dtype
+from crvq_hf import CRVQConfig
 from crvq_hf.replace import linear_size, quantizable_linears, set_quantized_
 
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-MOE = COMMON | {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MOE = SIZES | {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
 ARCHITECTURES = {
-    "llama": COMMON,
-    "opt": COMMON | {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "mistral": COMMON,
-    "qwen3": COMMON | {"head_dim": 8},
-    "gemma3_text": COMMON | {"head_dim": 8, "tie_word_embeddings": True},
-    "phi3": COMMON,
-    "gpt_neox": COMMON,
+    "llama": SIZES,
+    "opt": SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "mistral": SIZES,
+    "qwen3": SIZES | {"head_dim": 8},
+    "gemma3_text": SIZES | {"head_dim": 8, "tie_word_embeddings": True},
+    "phi3": SIZES,
+    "gpt_neox": SIZES,
     "gpt2": GPT2 | {"bos_token_id": 1, "eos_token_id": 2},
     "mixtral": MOE,
     "qwen3_moe": MOE | {"head_dim": 8},
@@ -48,19 +35,6 @@ def tiny_config(architecture: str, **changes) -> transformers.PreTrainedConfig:
     """Returns the config of a model of two layers and 32 channels."""
     values = ARCHITECTURES[architecture] | changes
     return transformers.AutoConfig.for_model(architecture, **values)
-
-
-def random_weight(shape: LayerShape) -> QuantizedWeight:
-    """Returns a quantized weight of the given shape with random contents."""
-    codes = torch.randint(shape.codebook_size, (shape.out_features, shape.num_virtual_groups))
-    return QuantizedWeight(
-        codes=pack_codes(codes, shape.nbits),
-        codebooks=torch.randn(shape.num_codebooks, shape.codebook_size, shape.in_group_size).mul(0.3).half(),
-        scales=torch.rand(shape.out_features).add(0.1).half(),
-        channel_order=torch.randperm(shape.in_features).to(order_dtype(shape.in_features)),
-        nbits=shape.nbits,
-        num_critical_groups=shape.num_critical_groups,
-    )
 
 
 def quantize_randomly(model, tokenizer, config) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import SIZES
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -17,18 +18,6 @@ from crvq_hf.info import describe, read_info
 
 EIGHT = CRVQConfig(dataset=None, embedding_bits=8)
 # Gemma's scaled embedding, GPT-2's position embedding, a scaled embedding as BART's, a head with a bias.
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 CASES = {
     "llama": {"tie_word_embeddings": False},
     "llama tied": {"tie_word_embeddings": True},
