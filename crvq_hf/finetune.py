@@ -15,36 +15,42 @@ from torch import Tensor, nn
 
 from . import distributed
 from .linear import CRVQLinear
-from .quantized_weight import QuantizedWeight
+from .quantized_weight import QuantizedWeight, order_dtype
 from .search import assemble
 
 # Tokens whose distributions over the vocabulary exist at a time.
 _DIVERGENCE_TOKENS = 64
 
 
-class _Reconstruct(torch.autograd.Function):
-    """Dense weight `[N, K]`, channels in their original order, from codebooks and scales.
+class _QuantizedProduct(torch.autograd.Function):
+    """`scale * (x[order] @ weight(codebooks, codes)^T)`, differentiable in `x`, codebooks and scales.
 
-    The backward sums the gradient over the groups that each codeword serves; no row of codewords is kept apart.
+    The order is applied to `x` and the scales to the product: both are smaller than the weight. The backward sums the
+    gradient in the weight over the groups that each codeword serves.
     """
 
     @staticmethod
     def forward(
-        ctx, codebooks: Tensor, scales: Tensor, codes: Tensor, order: Tensor, critical: int, served: tuple[Tensor, ...]
+        ctx, x: Tensor, codebooks: Tensor, scales: Tensor, codes: Tensor, order: Tensor, served: tuple[Tensor, ...]
     ) -> Tensor:
-        order = order.long()
-        unscaled = assemble(codebooks, codes.int(), critical)
-        ctx.save_for_backward(unscaled, scales, order, *served)
+        num_codebooks, _, d = codebooks.shape
+        critical = (codes.shape[1] - len(order) // d) // max(1, num_codebooks - 1)
+        weight = assemble(codebooks.to(x.dtype), codes, critical)
+        x = x.index_select(1, order)
+        unscaled = x @ weight.T
+        ctx.save_for_backward(x, weight, unscaled, scales, order, *served)
         ctx.shape = codebooks.shape
-        return (unscaled * scales[:, None]).index_select(1, order.argsort())
+        return (unscaled * scales).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        unscaled, scales, order, groups, first = ctx.saved_tensors
-        grad = grad.index_select(1, order)
-        rows = (grad * scales[:, None]).view(-1, ctx.shape[-1])
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, unscaled, scales, order, groups, first = ctx.saved_tensors
+        scale_gradient = (grad * unscaled).sum(0, dtype=scales.dtype)
+        grad = (grad * scales).to(x.dtype)
+        x_gradient = (grad @ weight).index_select(1, order.argsort()) if ctx.needs_input_grad[0] else None
+        rows = (grad.T @ x).to(scales.dtype).view(-1, ctx.shape[-1])
         codebooks = F.embedding_bag(groups, rows, first, mode="sum").view(ctx.shape)
-        return codebooks, (grad * unscaled).sum(1), None, None, None, None
+        return x_gradient, codebooks, scale_gradient, None, None, None
 
 
 def groups_served(codes: Tensor, num_codebooks: int, codebook_size: int, critical: int) -> tuple[Tensor, Tensor]:
@@ -113,8 +119,9 @@ class TunableLinear(nn.Module):
         self.codebooks = nn.Parameter(codebooks / size)
         self.relative_scales = nn.Parameter(torch.ones_like(stored.scales, dtype=torch.float32))
         self.register_buffer("start_scales", stored.scales.float() * size, persistent=False)
-        self.register_buffer("codes", unpack_codes(stored.codes, stored.nbits, stored.num_virtual_groups), False)
-        self.register_buffer("channel_order", stored.channel_order, persistent=False)
+        codes = unpack_codes(stored.codes, stored.nbits, stored.num_virtual_groups)
+        self.register_buffer("codes", codes.int(), persistent=False)
+        self.register_buffer("channel_order", stored.channel_order.long(), persistent=False)
         groups, first = groups_served(self.codes, *codebooks.shape[:2], stored.num_critical_groups)
         self.register_buffer("groups", groups, persistent=False)
         self.register_buffer("first_group", first, persistent=False)
@@ -122,13 +129,15 @@ class TunableLinear(nn.Module):
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns `[..., N]` for `x` `[..., K]`."""
+        """Returns `[..., N]` for `x` `[..., K]`, in the dtype of autocast where that is on, else in that of `x`."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         scales = self.start_scales * self.relative_scales
         served = self.groups, self.first_group
-        weight = _Reconstruct.apply(
-            self.codebooks, scales, self.codes, self.channel_order, self.num_critical_groups, served
-        )
-        return F.linear(x, weight, self.bias)
+        tokens = x.to(dtype).flatten(0, -2)
+        y = _QuantizedProduct.apply(tokens, self.codebooks, scales, self.codes, self.channel_order, served)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(dtype)
 
     @torch.no_grad()
     def to_linear(self) -> CRVQLinear:
@@ -139,7 +148,7 @@ class TunableLinear(nn.Module):
             self.packed_codes,
             self.codebooks.detach().half(),
             scales.half(),
-            self.channel_order,
+            self.channel_order.to(order_dtype(len(self.channel_order))),
             self.nbits,
             self.num_critical_groups,
         )

@@ -15,7 +15,7 @@ from crvq_hf import CRVQLinear
 from crvq_hf.finetune import (
     Trainer,
     TunableLinear,
-    _Reconstruct,
+    _QuantizedProduct,
     distillation_loss,
     finetune_block_,
     groups_served,
@@ -77,29 +77,31 @@ def reconstruct_by_definition(codebooks, scales, codes, order, critical):
 
 @pytest.mark.parametrize(("d", "extended", "critical"), [(4, 0, 0), (8, 1, 1), (8, 3, 2), (16, 2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_reconstruction_and_its_gradient_are_the_definition(d, extended, critical, dtype):
+def test_product_and_its_gradients_are_the_definition(d, extended, critical, dtype):
     n, groups, size = 7, 4, 5
+    x = torch.randn(9, groups * d, dtype=dtype, requires_grad=True)
     codebooks = torch.randn(1 + extended, size, d, dtype=dtype, requires_grad=True)
     scales = torch.randn(n, dtype=dtype, requires_grad=True)
-    codes = torch.randint(size, (n, groups + extended * critical), dtype=torch.uint8)
-    order = torch.randperm(groups * d).to(torch.int16)
-    upstream = torch.randn(n, groups * d, dtype=dtype)
+    codes = torch.randint(size, (n, groups + extended * critical), dtype=torch.int32)
+    order = torch.randperm(groups * d)
+    upstream = torch.randn(9, n, dtype=dtype)
     served = groups_served(codes, 1 + extended, size, critical)
-    found = _Reconstruct.apply(codebooks, scales, codes, order, critical, served)
-    wanted = reconstruct_by_definition(codebooks, scales, codes, order, critical)
+    found = _QuantizedProduct.apply(x, codebooks, scales, codes, order, served)
+    wanted = x @ reconstruct_by_definition(codebooks, scales, codes, order, critical).T
     torch.testing.assert_close(found, wanted)
-    gradients = [torch.autograd.grad((w * upstream).sum(), (codebooks, scales)) for w in (found, wanted)]
+    gradients = [torch.autograd.grad((y * upstream).sum(), (x, codebooks, scales)) for y in (found, wanted)]
     for mine, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, reference)
 
 
-def test_reconstruction_gradcheck():
+def test_product_gradcheck():
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     codebooks = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
     scales = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    codes, order = torch.randint(4, (5, 3 + 2 * 2)), torch.randperm(12)
+    codes, order = torch.randint(4, (5, 3 + 2 * 2)).int(), torch.randperm(12)
     served = groups_served(codes, 3, 4, 2)
     assert torch.autograd.gradcheck(
-        lambda c, s: _Reconstruct.apply(c, s, codes, order, 2, served), (codebooks, scales)
+        lambda *args: _QuantizedProduct.apply(*args, codes, order, served), (x, codebooks, scales)
     )
 
 
