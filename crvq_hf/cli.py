@@ -31,7 +31,14 @@ from .verify import verify
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, SafetensorError, MemoryError, torch.OutOfMemoryError)
 NOT_OPTIONS = ("quant_method", "quantizer_package", "format_version", "dequantize")
 GROUPS = {
-    "method": ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio", "importance"),
+    "method": (
+        "in_group_size",
+        "nbits_per_codebook",
+        "num_extended_codebooks",
+        "critical_ratio",
+        "codebook_bits",
+        "importance",
+    ),
     "embeddings": ("embedding_bits",),
     "calibration": ("dataset", "nsamples", "seqlen", "tokenizer"),
     "fine-tuning": ("block_finetune_epochs", "e2e_finetune_epochs", "e2e_nsamples"),

@@ -22,7 +22,7 @@ from .quantized_weight import LayerShape, num_critical_groups
 
 QUANT_METHOD = "crvq"
 QUANTIZER_PACKAGE = "crvq-hf"  # stands in config.json for those who meet a checkpoint and do not know the method
-FORMAT_VERSIONS = (1, 2)  # that can be read; a checkpoint is written in the oldest that can hold it
+FORMAT_VERSIONS = (1, 2, 3)  # that can be read; a checkpoint is written in the oldest that can hold it
 
 
 def _option(default: Any, help: str, check: Callable[[str, Any], Any], stored: bool = True) -> Any:
@@ -116,7 +116,7 @@ def _format_version(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value not in FORMAT_VERSIONS:
         raise ValueError(
             f"The checkpoint has CRVQ {name} {value!r}, this crvq_hf reads only {name} "
-            f"{' and '.join(map(str, FORMAT_VERSIONS))}; "
+            f"{', '.join(map(str, FORMAT_VERSIONS[:-1]))} and {FORMAT_VERSIONS[-1]}; "
             f"install a crvq_hf that knows format {value!r}."
         )
     return value
@@ -149,7 +149,10 @@ class CRVQConfig(QuantizationConfigMixin):
     quant_method: str = _option(QUANT_METHOD, "name of the method", _one_of(QUANT_METHOD))
     quantizer_package: str = _option(QUANTIZER_PACKAGE, "package that reads it", _one_of(QUANTIZER_PACKAGE))
     format_version: int = _option(
-        1, "version of the checkpoint format: 2 with 8-bit embeddings, else 1; follows by itself", _format_version
+        3,
+        "version of the checkpoint format: 3 with 8-bit codebooks, else 2 with 8-bit embeddings, else 1; "
+        "follows by itself",
+        _format_version,
     )
     in_group_size: int = _option(8, "input channels that share one code: 4, 8 or 16", _one_of(4, 8, 16))
     nbits_per_codebook: int = _option(8, "bits per code, 4 to 12; a codebook has 2**bits entries", _integer(4, 12))
@@ -157,6 +160,7 @@ class CRVQConfig(QuantizationConfigMixin):
         3, "codebooks that serve only the critical channels, 0 to 7; 0 is plain vector quantization", _integer(0, 7)
     )
     critical_ratio: float = _option(0.02, "share of input channels that are critical, 0 to 0.5", _number(0, 0.5))
+    codebook_bits: int = _option(8, "bits of a codebook entry: 8 (int8) or 16 (float16)", _one_of(8, 16))
     importance: str = _option(
         "weight_activation",
         "what makes a channel critical: 'weight_activation', 'weight' or 'random'",
@@ -187,7 +191,9 @@ class CRVQConfig(QuantizationConfigMixin):
     dequantize: bool = _option(False, "load the checkpoint as a dense model", _flag, stored=False)
 
     def __init__(self, **values: Any) -> None:
-        self.format_version = values.pop("format_version", 1)  # a newer format may have unknown fields
+        self.format_version = values.pop("format_version", 3)  # a newer format may have unknown fields
+        if self.format_version < 3:
+            values = {"codebook_bits": 16} | values
         unknown = [name for name in values if name not in FIELDS]
         if unknown:
             longer = [name for name in FIELDS if unknown[0] in name]
@@ -204,8 +210,10 @@ class CRVQConfig(QuantizationConfigMixin):
         if name in FIELDS:
             value = FIELDS[name].metadata["check"](name, value)
         super().__setattr__(name, value)
-        if name in ("format_version", "embedding_bits"):
-            self.__dict__["format_version"] = 2 if self.__dict__.get("embedding_bits") == 8 else 1
+        if name in ("codebook_bits", "embedding_bits"):
+            has = self.__dict__.get
+            version = 3 if has("codebook_bits") == 8 else 2 if has("embedding_bits") == 8 else 1
+            self.__dict__["format_version"] = version
 
     @classmethod
     def from_dict(
@@ -224,8 +232,8 @@ class CRVQConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Returns the stored fields, all of them plain JSON values."""
         stored = [name for name, field in FIELDS.items() if field.metadata["stored"]]
-        if self.format_version == 1:
-            stored.remove("embedding_bits")  # readers of format 1 do not know it
+        later = {1: ("embedding_bits", "codebook_bits"), 2: ("codebook_bits",), 3: ()}[self.format_version]
+        stored = [name for name in stored if name not in later]  # readers of older formats do not know these
         return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in stored}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -264,6 +272,7 @@ class CRVQConfig(QuantizationConfigMixin):
             num_codebooks=1 + self.num_extended_codebooks if critical else 1,
             codebook_size=min(2**self.nbits_per_codebook, out_features * num_groups),
             num_critical_groups=critical,
+            codebook_bits=self.codebook_bits,
         )
 
 

@@ -10,7 +10,7 @@ layers of a stage. All have the same blocks; the first writes.
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -235,7 +235,10 @@ def _move_stream(run: _Run, index: int, stream: Tensor) -> None:
 
 
 def _quantize_block(run: _Run, index: int, inputs: Tensor | None, targets: Tensor | None) -> None:
-    """Quantizes the linears of a block stage by stage, each on what the quantized ones before it leave, then tunes.
+    """Quantizes the linears of a block stage by stage, each on what the quantized ones before it leave.
+
+    After each stage the block is tuned: what is quantized in its codebooks, scales and norms, what is not yet in its
+    weights ("error mitigation" in NanoQuant).
 
     Args:
         run: the run.
@@ -254,25 +257,35 @@ def _quantize_block(run: _Run, index: int, inputs: Tensor | None, targets: Tenso
     if not names:
         return
     stages = distributed.first(lambda: linear_stages(block, names, lambda: run.run_block(index, inputs[:1])))
-    for stage in stages:
+    for number, stage in enumerate(stages):
+        if number:  # what is still dense makes up for what is not any more
+            later = [name for others in stages[number:] for group in others for name in group]
+            _finetune_block(run, index, inputs, targets, later)
         start = time.perf_counter()
         hessians = _hessians(run, index, [group[0] for group in stage], inputs)
         run.timed("hessians", start)
         _quantize_stage(run, index, stage, lambda name, found=hessians: found.pop(name).hessian())
-    if run.config.block_finetune_epochs:
-        start = time.perf_counter()
-        parts, shares = _steps(inputs, BLOCK_STEP_TOKENS)
-        finetune_block_(
-            block,
-            lambda hidden: run.run_block(index, hidden),
-            parts,
-            _steps(targets, BLOCK_STEP_TOKENS)[0],
-            epochs=run.config.block_finetune_epochs,
-            peak=BLOCK_LEARNING_RATE,
-            seed=run.config.seed + index,
-            shares=shares,
-        )
-        run.timed("block fine-tuning", start)
+    _finetune_block(run, index, inputs, targets)
+
+
+def _finetune_block(run: _Run, index: int, inputs: Tensor, targets: Tensor, dense: Sequence[str] = ()) -> None:
+    """Tunes what is continuous in a block, and the weights of its linears in `dense`, towards `targets`."""
+    if not run.config.block_finetune_epochs:
+        return
+    start = time.perf_counter()
+    parts, shares = _steps(inputs, BLOCK_STEP_TOKENS)
+    finetune_block_(
+        run.blocks[index],
+        lambda hidden: run.run_block(index, hidden),
+        parts,
+        _steps(targets, BLOCK_STEP_TOKENS)[0],
+        epochs=run.config.block_finetune_epochs,
+        peak=BLOCK_LEARNING_RATE,
+        seed=run.config.seed + index,
+        shares=shares,
+        dense=dense,
+    )
+    run.timed("block fine-tuning", start)
 
 
 def _quantize_stage(run: _Run, index: int, stage: list[list[str]], hessian_of: Callable[[str], Tensor]) -> None:
@@ -347,7 +360,7 @@ def _quantize_linear(run: _Run, index: int, name: str, hessian: Tensor) -> None:
         importance=run.config.importance,
         generator=torch.Generator().manual_seed(seed),
     )
-    stored = to_stored(fitted, shape.nbits)
+    stored = to_stored(fitted, shape.nbits, shape.codebook_bits)
     set_quantized_(block, name, stored)
     run.timed("quantizing", start)
     run.layers[full_name] = {

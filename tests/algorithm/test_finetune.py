@@ -194,6 +194,23 @@ def snapshot(module: nn.Module):
     return modules, {name: (p.dtype, p.shape, p.requires_grad, p.grad) for name, p in module.named_parameters()}
 
 
+def test_what_is_still_dense_takes_up_the_error(block):
+    """The dense layer, 100 times as large as usual, moves relative to its size, and the loss falls further."""
+    block.router.weight.data *= 100
+    inputs = list(torch.randn(30, 2, 8, 32))
+    target = copy.deepcopy(block)
+    target.router.weight.data *= 1 + 0.02 * torch.randn(32, 32)
+    targets = [target(x).detach() for x in inputs]
+    before, losses = block.router.weight.clone(), {}
+    for dense in ((), ("router",)):
+        tuned = copy.deepcopy(block)
+        losses[dense] = finetune_block_(tuned, tuned, inputs, targets, epochs=4, peak=8e-3, seed=0, dense=dense)[1]
+        change = (tuned.router.weight - before).norm() / before.norm()
+        assert (change == 0) if not dense else (0.005 < change < 0.1)
+        assert tuned.router.weight.requires_grad and tuned.router.weight.grad is None
+    assert losses[("router",)] < 0.5 * losses[()]
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_tunable_puts_everything_back(block, train):
     block.train(train)
