@@ -288,7 +288,7 @@ def test_a_failure_is_that_of_all(name, ranks, ran):
     assert failures(ran[0] / name) == expected
 
 
-# torchrun
+# torchrun and accelerate
 
 PROGRAM = """
 import os, sys
@@ -303,21 +303,31 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_torchrun_tells_one_sentence_and_goes_on(tmp_path):
+def test_torchrun_tells_one_sentence_and_accelerate_goes_on(tmp_path):
     dense, out, program = save_tiny(tmp_path / "dense"), tmp_path / "out", tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    command += ["quantize", str(dense), str(out), "--dataset", str(dense / "text.txt"), "--device", "cpu"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    accelerate = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    command = [str(program), "quantize", str(dense), str(out), "--dataset", str(dense / "text.txt"), "--device", "cpu"]
     command += ["--nsamples", "3", "--seqlen", "16", "--nbits-per-codebook", "4"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
-    def run(**more):
-        return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=250)
+    def run(launcher, **more):
+        line = [sys.executable, *launcher, *command]
+        return subprocess.run(line, env=environment | more, capture_output=True, text=True, timeout=250)
 
-    failed = run(FAILING="1")
+    failed = run(torchrun, FAILING="1")
     assert failed.returncode != 0 and not out.exists()
     assert re.findall(r"^crvq: error: .*", failed.stderr, re.MULTILINE) == ["crvq: error: no luck"], failed.stderr
-    done = run()
+    done = run(accelerate)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bits per weight") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out", "program.py"]
