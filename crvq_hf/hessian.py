@@ -45,7 +45,7 @@ class HessianAccumulator:
                 A quantum is 2**-32 of it, far below the damping, which leaves room for 2**21 such sequences.
             device: to compute on.
         """
-        self.quantum = 2.0 ** (math.frexp(energy)[1] - 32)
+        self.quantum = 2.0 ** (max(math.frexp(energy)[1], -64) - 32)  # its inverse is an fp32 number
         self.quanta = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         self.rows = 0
 

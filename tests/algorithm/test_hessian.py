@@ -83,6 +83,14 @@ def test_inputs_that_outgrow_the_quanta_still_count():
     assert relative_error(accumulator.hessian(), expected(1e4 * INPUTS) / 2) < 1e-6
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-18, 1e15])
+def test_tiny_and_huge_inputs_stay_finite(size):
+    x = size * INPUTS.float()
+    accumulator = HessianAccumulator(24, float(x.square().sum(0).max()))
+    accumulator.add(x)
+    assert accumulator.hessian().isfinite().all()
+
+
 def test_strided_inputs():
     accumulator = HessianAccumulator(24, ENERGY)
     accumulator.add(INPUTS.float().repeat(1, 2)[:, :24][::2])
