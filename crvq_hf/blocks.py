@@ -261,3 +261,25 @@ def for_each_input(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def survey(
+    block: nn.Module, names: list[str], forward: Callable[[], Any]
+) -> tuple[list[list[list[str]]], dict[str, float]]:
+    """Returns what one run of a block tells about its linears.
+
+    Args:
+        block: the block.
+        names: its linears to quantize.
+        forward: runs the block on a sequence.
+
+    Returns:
+        The stages to quantize them in, see `linear_stages`.
+        For each linear that the sequence reaches, the largest sum of squares over a channel of its inputs.
+    """
+    energies: dict[str, float] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        energies[name] = float(x.float().flatten(0, -2).square().sum(0).max()) if x.numel() else 0.0
+
+    return linear_stages(block, names, lambda: for_each_input(block, names, see, iter([forward]))), energies

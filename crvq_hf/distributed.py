@@ -131,28 +131,6 @@ def sum_gradients_(parameters: list[Tensor], loss: float) -> float:
     return loss
 
 
-def share(samples: Tensor) -> Tensor:
-    """Returns this process's sequences of `samples` `[sequences, ...]`: every n-th, from its rank on."""
-    return samples[rank() :: world_size()]
-
-
-def batch_parts(samples: Tensor, size: int) -> tuple[list[Tensor], list[float]]:
-    """Returns this process's part of every batch of `size` sequences, in the order they had before `share`.
-
-    Args:
-        samples: what `share` has returned, `[sequences of this process, ...]`.
-        size: sequences of all processes in a batch.
-
-    Returns:
-        The parts, views that may be empty, and the share of its batch that each part is.
-    """
-    total = sum(gather(len(samples)))
-    starts = [*range(0, total, size), total]
-    here = [-((rank() - start) // world_size()) for start in starts]  # how many of those before `start` are here
-    parts = [samples[a:b] for a, b in zip(here, here[1:], strict=False)]
-    return parts, [len(part) / (b - a) for part, a, b in zip(parts, starts, starts[1:], strict=False)]
-
-
 def own(costs: dict[str, float]) -> set[str]:
     """Returns the names of the tasks that this process takes: the most expensive first, to who has least to do."""
     loads = [0.0] * world_size()

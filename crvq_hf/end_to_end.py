@@ -27,7 +27,6 @@ def finetune_end_to_end_(
     seed: int,
     precision: Callable[[], AbstractContextManager],
     work: WorkFolder,
-    shares: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """Tunes codebooks, scales, norms and biases of all blocks on KL(full precision || quantized).
 
@@ -36,14 +35,14 @@ def finetune_end_to_end_(
 
     Args:
         runner: of the quantized model; the model is on the compute device, in fp32.
-        batches: tokens, `[batch, seqlen]` each.
+        batches: tokens, `[batch, seqlen]` each. Of several processes each has some, and empty ones in place of the
+            others'.
         hidden: the full-precision model's last hidden states, `[batch, seqlen, hidden_size]` each.
         epochs: passes over the batches.
         peak: learning rate.
         seed: of the order of batches.
         precision: makes the context to run the model in.
         work: where the state is kept, so that a killed run goes on from it.
-        shares: which share of each batch is in this process (see `distributed.batch_parts`); None: all of it.
 
     Returns:
         The mean loss in nats over the first tenth of the steps and over the last: `{"first": ..., "last": ...}`.
@@ -51,7 +50,6 @@ def finetune_end_to_end_(
     model = runner.model
     device = next(model.parameters()).device
     order = shuffled(len(batches), epochs, seed)
-    shares = [1.0] * len(batches) if shares is None else shares
     losses: list[float] = []
     with tunable(runner.blocks) as parameters:
         trainer = Trainer(parameters, len(order), peak)
@@ -60,12 +58,12 @@ def finetune_end_to_end_(
         bar = transformers_logging.tqdm(total=len(order), initial=first, desc="end-to-end fine-tuning", unit="step")
         for number in range(first, len(order)):
             index, loss = order[number], None
-            if shares[index]:
+            if len(batches[index]):
                 with precision():
                     teacher = runner.logits(hidden[index].to(device, torch.float32))
                     logits = model(input_ids=batches[index].to(device), use_cache=False).logits
                 loss = distillation_loss(logits, teacher)
-            losses.append(trainer.step(number, loss, shares[index]))
+            losses.append(trainer.step(number, loss))
             bar.update()
             bar.set_postfix_str(f"KL {_mean(losses[-16:]):.3f}")
             last = number + 1 == len(order)

@@ -236,20 +236,18 @@ class Trainer:
         groups = [{"params": [p], "rate": rate} for p, rate in zip(parameters, rates, strict=True)]
         self.optimizer = torch.optim.Adam(groups, lr=peak, betas=(0.9, 0.95))
 
-    def step(self, number: int, loss: Tensor | None, share: float = 1.0) -> float:
-        """Takes step `number` down the gradient of the loss of the whole batch; returns that loss.
+    def step(self, number: int, loss: Tensor | None) -> float:
+        """Takes step `number` down the gradient of the loss; returns it.
 
         Args:
             number: of the step.
-            loss: mean over this process's part of the batch; None if it has no part.
-            share: of the batch that this part is.
+            loss: mean over the batch; None if another process has the batch.
 
         Raises:
             ValueError: the loss is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
         if loss is not None:
-            loss = loss * share
             loss.backward()
         value = distributed.sum_gradients_(self.parameters, 0.0 if loss is None else float(loss.detach()))
         if not math.isfinite(value):
@@ -294,7 +292,6 @@ def finetune_block_(
     epochs: int,
     peak: float,
     seed: int,
-    shares: Sequence[float] | None = None,
     dense: Sequence[str] = (),
 ) -> tuple[float, float]:
     """Fits a quantized block to the full-precision model's hidden states after it.
@@ -302,12 +299,12 @@ def finetune_block_(
     Args:
         block: the block, its linears quantized, fp32, on the compute device.
         run: maps a batch of inputs to the block's output.
-        inputs: batches `[batch, seqlen, hidden_size]`: what the quantized model hands to the block.
+        inputs: batches `[batch, seqlen, hidden_size]`: what the quantized model hands to the block. Of several
+            processes each has some, and empty ones in place of the others'.
         targets: as many batches: what the full-precision model has after it.
         epochs: passes over the batches.
         peak: learning rate.
         seed: of the order of batches.
-        shares: which share of each batch is in this process (see `distributed.batch_parts`); None: all of it.
         dense: names of linears in the block that are yet to be quantized. Their weights are tuned too, and so take
             up the error of those that are.
 
@@ -315,7 +312,6 @@ def finetune_block_(
         The mean loss over the first and over the last tenth of the steps.
     """
     order = shuffled(len(inputs), epochs, seed)
-    shares = [1.0] * len(inputs) if shares is None else shares
     losses = []
     with tunable(block, dense) as parameters:
         weights = {id(block.get_submodule(name).weight) for name in dense}
@@ -326,9 +322,9 @@ def finetune_block_(
         trainer = Trainer(parameters, len(order), peak, rates)
         for number, index in enumerate(order):
             loss = None
-            if shares[index]:
+            if len(inputs[index]):
                 output = run(inputs[index])
                 loss = relative_loss(output, targets[index].to(output.device).float())
-            losses.append(trainer.step(number, loss, shares[index]))
+            losses.append(trainer.step(number, loss))
     part = max(1, len(losses) // 10)
     return sum(losses[:part]) / part, sum(losses[-part:]) / part

@@ -4,7 +4,7 @@ Two streams of hidden states run through the blocks: those of the full-precision
 quantized model, the inputs that every layer is calibrated on, so that later layers can make up for earlier ones.
 
 Of several processes (see `distributed`) each has its share of the sequences in both streams, and fits some of the
-layers of a stage. All have the same blocks; the first writes.
+layers of a stage. All have the same blocks, those that one process alone would make; the first writes.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import distributed
 from .block_state import dtypes_of, load_block_, restore_dtypes_, tunable_state
-from .blocks import BlockRunner, find_blocks, for_each_input, kind_of, linear_stages
+from .blocks import BlockRunner, find_blocks, for_each_input, kind_of, survey
 from .calibration import calibration_tokens
 from .config import CRVQConfig
 from .device import compute_device, has_fast_bfloat16, mixed_precision, peak_memory_bytes
@@ -35,15 +35,13 @@ from .linear import CRVQLinear
 from .quantize import fit_weight
 from .quantized_weight import to_stored
 from .replace import linear_size, quantizable_linears, set_quantized_
-from .streams import batches, embed
+from .streams import batches, embed, share, steps
 from .workfolder import WorkFolder
 
 logger = logging.getLogger("crvq")
 
 # Found by measurement on SmolLM2-135M (benchmarks/LOG.md).
-BLOCK_STEP_TOKENS = 512  # tokens of one step of block fine-tuning: many small steps beat few large ones
 BLOCK_LEARNING_RATE = 8e-3
-E2E_STEP_TOKENS = 512
 E2E_LEARNING_RATE = 2e-3
 
 
@@ -107,7 +105,7 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
 
     Raises:
         ValueError: no layer to quantize, no usable calibration text, NaN in weights or activations, a work folder of
-            another run, too little memory or disk for the activations, fewer sequences than processes.
+            another run, too little memory or disk for the activations.
     """
     device = compute_device(config.device)
     blocks_name, blocks = find_blocks(model)
@@ -155,7 +153,7 @@ def _quantize(run: _Run, tokens: Tensor | None) -> dict[str, Any]:
     if tokens is not None and run.config.e2e_finetune_epochs:
         chosen = tokens[: run.config.e2e_nsamples or None]
         e2e_tokens = chosen.numel()
-        own = distributed.share(chosen)
+        own = share(chosen)
         losses = _finetune_end_to_end(run, own, full[: len(own)])
     return {
         "bits_per_weight": _bits(run),
@@ -188,14 +186,6 @@ def _bits(run: _Run) -> float:
     layers = [module for module in run.blocks.modules() if isinstance(module, CRVQLinear)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     return sum(8 * layer.quantized_weight().nbytes for layer in layers) / max(1, weights)
-
-
-def _steps(samples: Tensor, step_tokens: int) -> tuple[list[Tensor], list[float]]:
-    """Returns what this process has of the batch of each step of fine-tuning, see `distributed.batch_parts`.
-
-    A step has the same sequences however many processes there are, at least one.
-    """
-    return distributed.batch_parts(samples, max(1, step_tokens // samples.shape[1]))
 
 
 def _advance(run: _Run, index: int, full: Tensor | None, quantized: Tensor | None) -> None:
@@ -256,13 +246,14 @@ def _quantize_block(run: _Run, index: int, inputs: Tensor | None, targets: Tenso
         return
     if not names:
         return
-    stages = distributed.first(lambda: linear_stages(block, names, lambda: run.run_block(index, inputs[:1])))
+    stages, energies = distributed.first(lambda: survey(block, names, partial(run.run_block, index, inputs[:1])))
     for number, stage in enumerate(stages):
         if number:  # what is still dense makes up for what is not any more
             later = [name for others in stages[number:] for group in others for name in group]
             _finetune_block(run, index, inputs, targets, later)
         start = time.perf_counter()
-        hessians = _hessians(run, index, [group[0] for group in stage], inputs)
+        energy = max(energies.get(name, 0.0) for group in stage for name in group)
+        hessians = _hessians(run, index, [group[0] for group in stage], inputs, energy)
         run.timed("hessians", start)
         _quantize_stage(run, index, stage, lambda name, found=hessians: found.pop(name).hessian())
     _finetune_block(run, index, inputs, targets)
@@ -273,16 +264,14 @@ def _finetune_block(run: _Run, index: int, inputs: Tensor, targets: Tensor, dens
     if not run.config.block_finetune_epochs:
         return
     start = time.perf_counter()
-    parts, shares = _steps(inputs, BLOCK_STEP_TOKENS)
     finetune_block_(
         run.blocks[index],
         lambda hidden: run.run_block(index, hidden),
-        parts,
-        _steps(targets, BLOCK_STEP_TOKENS)[0],
+        steps(inputs),
+        steps(targets),
         epochs=run.config.block_finetune_epochs,
         peak=BLOCK_LEARNING_RATE,
         seed=run.config.seed + index,
-        shares=shares,
         dense=dense,
     )
     run.timed("block fine-tuning", start)
@@ -327,17 +316,31 @@ def _exchange_linears(run: _Run, index: int, names: list[str], mine: set[str]) -
     run.layers.update({full_names[name]: found[name][1] for name in names})
 
 
-def _hessians(run: _Run, index: int, names: list[str], inputs: Tensor) -> dict[str, HessianAccumulator]:
-    """Returns the accumulated Hessians of some linears of a block, by name."""
+def _hessians(run: _Run, index: int, names: list[str], inputs: Tensor, energy: float) -> dict[str, HessianAccumulator]:
+    """Returns the Hessians of some linears of a block, by name, over the inputs in all processes.
+
+    Args:
+        run: the run.
+        index: which block.
+        names: of the linears.
+        inputs: see `_quantize_block`.
+        energy: see `HessianAccumulator`.
+    """
     block = run.blocks[index]
     sizes = {name: linear_size(block.get_submodule(name))[0] for name in names}
-    hessians = {name: HessianAccumulator(size, run.device) for name, size in sizes.items()}
+    hessians = {name: HessianAccumulator(size, energy, run.device) for name, size in sizes.items()}
     forwards = (partial(run.run_block, index, hidden) for hidden in batches(inputs))
     for_each_input(block, names, lambda name, x: hessians[name].add(x), forwards)
     rows = distributed.gather({name: hessian.rows for name, hessian in hessians.items()})
     for name, hessian in hessians.items():
-        hessian.weigh_(sum(counts[name] for counts in rows))
-        distributed.sum_(hessian.mean)
+        hessian.rows = sum(counts[name] for counts in rows)
+        distributed.sum_(hessian.quanta)
+        if not hessian.is_exact:
+            logger.warning(
+                "The inputs of %s.%d.%s grow too much to be summed exactly; the last bits of the result may depend on "
+                "the number of processes.",
+                *(run.blocks_name, index, name),
+            )
     return hessians
 
 
@@ -377,17 +380,15 @@ def _finetune_end_to_end(run: _Run, tokens: Tensor, hidden: Tensor) -> dict[str,
     dtypes = dtypes_of(run.model)
     for module in run.model.children():  # the model itself refuses to be cast once it is quantized
         module.to(run.device, torch.float32)
-    parts, shares = _steps(tokens, E2E_STEP_TOKENS)
     losses = finetune_end_to_end_(
         run.runner,
-        parts,
-        _steps(hidden, E2E_STEP_TOKENS)[0],
+        steps(tokens),
+        steps(hidden),
         epochs=run.config.e2e_finetune_epochs,
         peak=E2E_LEARNING_RATE,
         seed=run.config.seed,
         precision=run.precision,
         work=run.work,
-        shares=shares,
     )
     restore_dtypes_(run.model, dtypes)
     run.model.to(home)

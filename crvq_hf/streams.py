@@ -15,11 +15,42 @@ logger = logging.getLogger("crvq")
 
 MEMORY_SHARE = 0.25  # of free memory for the full-precision model's hidden states; beyond it they go to the disk
 RUN_TOKENS = 2048  # tokens that go through a block at once
+STEP_TOKENS = 512  # tokens of a step of fine-tuning: many small steps beat few large ones (benchmarks/LOG.md)
+
+
+def _sizes(seqlen: int) -> tuple[int, int]:
+    """Returns how many sequences are in a step of fine-tuning and in a batch, which is a number of steps."""
+    step = max(1, STEP_TOKENS // seqlen)
+    return step, step * max(1, RUN_TOKENS // (step * seqlen))
 
 
 def batches(samples: Tensor) -> tuple[Tensor, ...]:
-    """Returns views of `samples` `[nsamples, seqlen, ...]`, at least one sequence each: what a block runs at once."""
-    return samples.split(max(1, RUN_TOKENS // samples.shape[1]))
+    """Returns views of `samples` `[sequences, seqlen, ...]`: what a block runs at once, at least one sequence."""
+    return samples.split(_sizes(samples.shape[1])[1]) if len(samples) else ()
+
+
+def share(samples: Tensor) -> Tensor:
+    """Returns this process's sequences of `samples` `[sequences, seqlen, ...]`: every n-th batch, from its rank on.
+
+    Whole batches, so that what a batch gives does not depend on the number of processes. There may be none.
+    """
+    return torch.cat([samples[:0], *batches(samples)[distributed.rank() :: distributed.world_size()]])
+
+
+def steps(samples: Tensor) -> list[Tensor]:
+    """Returns the sequences of each step of fine-tuning, in the order of one process.
+
+    Args:
+        samples: what `share` has returned, or as many other things, `[sequences of this process, seqlen, ...]`.
+
+    Returns:
+        Views; empty ones for the steps whose sequences another process has.
+    """
+    step, batch = _sizes(samples.shape[1])
+    total = sum(distributed.gather(len(samples)))
+    own = iter(samples.split(step))
+    owners = [start // batch % distributed.world_size() for start in range(0, total, step)]
+    return [next(own) if owner == distributed.rank() else samples[:0] for owner in owners]
 
 
 def embed(runner: BlockRunner, tokens: Tensor, config: CRVQConfig, work: WorkFolder) -> tuple[Tensor, Tensor]:
@@ -36,15 +67,10 @@ def embed(runner: BlockRunner, tokens: Tensor, config: CRVQConfig, work: WorkFol
         share of the first `nsamples` of them.
 
     Raises:
-        ValueError: they do not fit in memory or on the disk, or are too few for so many processes.
+        ValueError: they do not fit in memory or on the disk.
     """
     width, dtype = runner.model.config.get_text_config().hidden_size, runner.model.dtype
-    first, tokens = distributed.share(tokens[: config.nsamples]), distributed.share(tokens)
-    if not len(first):
-        raise ValueError(
-            f"{config.nsamples} calibration sequences cannot be shared by {distributed.world_size()} processes; "
-            "raise nsamples or start fewer processes."
-        )
+    first, tokens = share(tokens[: config.nsamples]), share(tokens)
     needed, more = (t.numel() * width * dtype.itemsize for t in (first, tokens))
     available = psutil.virtual_memory().available // distributed.local_size()
     on_disk = more > MEMORY_SHARE * available

@@ -15,7 +15,7 @@ import torch
 from tiny import save_tiny
 from whole_models import FIELDS, make, use_small_steps
 
-from crvq_hf import CRVQConfig, distributed, end_to_end, pipeline, quantize_model
+from crvq_hf import CRVQConfig, distributed, end_to_end, pipeline, quantize_model, streams
 from crvq_hf.workfolder import WorkFolder
 
 HERE = Path(__file__).parent
@@ -31,26 +31,30 @@ def as_process(monkeypatch):
     def pretend(rank: int, count: int, sequences: int = 0) -> None:
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         monkeypatch.setattr(distributed, "world_size", lambda: count)
-        parts = [len(range(rank, sequences, count)) for rank in range(count)]
-        monkeypatch.setattr(distributed, "gather", lambda value: parts)
+        monkeypatch.setattr(distributed, "gather", lambda value: [sequences])
 
     return pretend
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-@pytest.mark.parametrize(("sequences", "size"), [(8, 1), (10, 2), (11, 4), (9, 16)])
-def test_the_parts_of_a_batch_are_the_batch(count, sequences, size, as_process):
-    samples = torch.arange(sequences)[:, None]
-    parts, shares = [], []
+@pytest.mark.parametrize("seqlen", [150, 256, 300, 512, 4096])
+@pytest.mark.parametrize("sequences", [1, 16, 41])
+def test_batches_and_steps_are_those_of_one_process_each_in_one(count, seqlen, sequences, as_process):
+    samples = torch.arange(sequences * seqlen).view(sequences, seqlen)
+    wanted = streams.batches(samples), samples.split(max(1, 512 // seqlen))
+    shares, steps = [], []
     for rank in range(count):
         as_process(rank, count, sequences)
-        of_rank = distributed.batch_parts(distributed.share(samples), size)
-        parts.append(of_rank[0])
-        shares.append(of_rank[1])
-    for batch, *found in zip(samples.split(size), *parts, strict=True):
-        assert torch.equal(torch.cat(found).sort(0).values, batch)
-    for batch, *found in zip(samples.split(size), *shares, strict=True):
-        assert sum(found) == pytest.approx(1) and all((share * len(batch)) % 1 < 1e-9 for share in found)
+        shares.append(streams.share(samples))
+        steps.append(streams.steps(shares[-1]))
+        prefix = streams.share(samples[: sequences // 2])
+        assert torch.equal(prefix, shares[-1][: len(prefix)])
+    for number, batch in enumerate(wanted[0]):
+        assert torch.equal(streams.batches(shares[number % count])[number // count], batch)
+    assert sum(map(len, shares)) == sequences
+    for step, *found in zip(wanted[1], *steps, strict=True):
+        (owner,) = [view for view in found if len(view)]
+        assert torch.equal(owner, step)
 
 
 def test_tasks_are_each_taken_once_and_evenly(as_process):
@@ -70,8 +74,7 @@ def test_one_process_is_not_touched(monkeypatch):
         assert (distributed.rank(), distributed.world_size(), distributed.local_size()) == (0, 1, 1)
         assert distributed.gather(3) == [3] and distributed.first(lambda: "a") == "a"
         assert distributed.sum_(tensor) is tensor and distributed.sum_gradients_([tensor], 0.1) == 0.1
-        assert torch.equal(distributed.share(samples), samples)
-        assert distributed.batch_parts(samples, 2)[1] == [1.0] * 3
+        assert torch.equal(streams.share(samples), samples)
         assert distributed.own({"a": 1, "b": 2}) == {"a", "b"}
     distributed.leave()
     assert not torch.distributed.is_initialized()
@@ -85,8 +88,6 @@ def check_quantized(folder: Path, architecture: str) -> None:
     fit_weight, write, counts = pipeline.fit_weight, WorkFolder._write, [0, 0]
 
     def counted_fit(weight, hessian, **fields):
-        if not counts[0]:
-            torch.save(hessian, folder / f"hessian{distributed.rank()}.pt")
         counts[0] += 1
         return fit_weight(weight, hessian, **fields)
 
@@ -96,8 +97,8 @@ def check_quantized(folder: Path, architecture: str) -> None:
 
     pipeline.fit_weight, WorkFolder._write = counted_fit, counted_write
     quantized(folder, architecture, "work")
-    (fits, others), (writes, nothing) = zip(*distributed.gather(counts), strict=True)
-    assert min(fits, others) >= 4 and writes > 4 and nothing == 0, (fits, others, writes, nothing)
+    fits, (writes, *nothing) = zip(*distributed.gather(counts), strict=True)
+    assert min(fits) >= 2 and writes > 4 and not any(nothing), (fits, writes, nothing)
 
 
 def weights_only(folder: Path) -> None:
@@ -136,14 +137,13 @@ def failing(folder: Path, ranks: list[int]) -> None:
     quantized(folder, "llama", "work")
 
 
-def too_few(folder: Path) -> None:
-    quantized(folder, "llama", "work", nsamples=1)
-
-
-# Name of a folder, number of processes, function and its arguments; in this order.
+# Name of a folder, number of processes, function and its arguments; in this order. There are 2 batches of calibration
+# text, and 3 with what is for end-to-end fine-tuning.
 PLAN = {
     "llama": (2, "check_quantized", "llama"),
     "qwen3_moe": (2, "check_quantized", "qwen3_moe"),
+    "llama, three": (3, "check_quantized", "llama"),
+    "qwen3_moe, three": (3, "check_quantized", "qwen3_moe"),
     "weights only": (3, "weights_only"),
     "first killed": (2, "killed", 0, "block_0000"),
     "second killed": (2, "killed", 1, "block_0000"),
@@ -151,7 +151,6 @@ PLAN = {
     "first failing": (2, "failing", [0]),
     "second failing": (2, "failing", [1]),
     "both failing": (2, "failing", [0, 1]),
-    "too few": (2, "too_few"),
 }
 KILLED = {"first killed": 0, "second killed": 1, "killed in tuning": 0}
 
@@ -202,6 +201,7 @@ def fork(folder: Path, count: int, name: str, *arguments) -> list[int]:
 def in_process(folder: Path, rank: int, name: str, arguments: tuple) -> int:
     """Runs a function as one process of several; returns the exit code and leaves a failure in a file."""
     try:
+        torch.set_num_threads(1)
         with distributed.together("cpu"):
             globals()[name](folder, *arguments)
         return 0
@@ -230,56 +230,40 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """Returns a function that quantizes in this process: the model, and the Hessians that layers were fitted on."""
+    """Returns a function that quantizes in this process, on one thread as the others."""
     use_small_steps(monkeypatch.setattr)
     monkeypatch.setattr(pipeline, "has_fast_bfloat16", lambda device_type: False)
-    seen, fit_weight = [], pipeline.fit_weight
-
-    def fit(weight, hessian, **fields):
-        seen.append(hessian.clone())
-        return fit_weight(weight, hessian, **fields)
-
-    def quantize(architecture: str, **fields):
-        monkeypatch.setattr(pipeline, "fit_weight", fit)
-        config = CRVQConfig(**FIELDS | fields, work_dir=tmp_path / "alone")
-        return quantize_model(make(architecture), None, config), seen
-
-    return quantize
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield lambda architecture, **fields: quantize_model(
+        make(architecture), None, CRVQConfig(**FIELDS | fields, work_dir=tmp_path / "alone")
+    )
+    torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
-def test_two_processes_make_what_one_makes(architecture, alone, ran):
-    folder, codes = ran[0] / architecture, ran[1][architecture]
-    assert codes == [0, 0], failures(folder)
-    assert same(*[torch.load(folder / f"model{rank}.pt") for rank in range(2)])
-    model, seen = alone(architecture)
-    expected, report = model.crvq_report, json.loads((folder / "report0.json").read_text())
-    assert list(report["layers"]) == list(expected["layers"])
-    for key in ("bits_per_weight", "calibration_tokens", "e2e_tokens", "activation_bytes"):
-        assert report[key] == expected[key]
-    # Only the sums over tokens have another order; from the first code that this tips on, results part, no worse.
-    hessians = [torch.load(folder / f"hessian{rank}.pt") for rank in range(2)]
-    assert all(float((found - seen[0]).norm() / seen[0].norm()) < 1e-5 for found in hessians)
-    errors = [[line["relative_error"] for line in of["layers"].values()] for of in (report, expected)]
-    assert sum(errors[0]) == pytest.approx(sum(errors[1]), rel=0.1)
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "llama, three", "qwen3_moe, three", "weights only"])
+def test_all_bits_are_those_of_one_process(name, alone, ran):
+    folder, codes, (count, *_) = ran[0] / name, ran[1][name], PLAN[name]
+    assert codes == [0] * count, failures(folder)
+    if name == "weights only":
+        model = alone("llama", dataset=None)
+    else:
+        model = alone(name.partition(",")[0])
+    assert all(same(torch.load(folder / f"model{rank}.pt"), model.state_dict()) for rank in range(count))
+    report = json.loads((folder / "report0.json").read_text())
+    for key in ("bits_per_weight", "calibration_tokens", "e2e_tokens", "activation_bytes", "e2e_loss"):
+        assert report[key] == model.crvq_report[key]
+    errors = [
+        {name: line["relative_error"] for name, line in r["layers"].items()} for r in (report, model.crvq_report)
+    ]
+    assert errors[0] == errors[1]
 
 
 def test_one_process_goes_on_where_two_were(alone, ran, tmp_path):
-    """With the same blocks, end-to-end fine-tuning takes the same steps but for the order of sums."""
     shutil.copytree(ran[0] / "llama/work", tmp_path / "alone")
-    (tmp_path / "alone/end_to_end.safetensors").unlink()
-    model, seen = alone("llama")
-    report = json.loads((ran[0] / "llama/report0.json").read_text())
-    assert not seen and model.crvq_report["e2e_loss"] == pytest.approx(report["e2e_loss"], rel=1e-4)
-    for name, tensor in torch.load(ran[0] / "llama/model1.pt").items():
-        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-2, atol=1e-3)
-
-
-def test_without_calibration_all_bits_are_the_same(alone, ran):
-    folder, codes = ran[0] / "weights only", ran[1]["weights only"]
-    assert codes == [0, 0, 0], failures(folder)
-    model, _ = alone("llama", dataset=None)
-    assert all(same(torch.load(folder / f"model{rank}.pt"), model.state_dict()) for rank in range(3))
+    for finished in ("end_to_end", "block_0001"):
+        (tmp_path / f"alone/{finished}.safetensors").unlink()
+    assert same(torch.load(ran[0] / "llama/model1.pt"), alone("llama").state_dict())
 
 
 @pytest.mark.parametrize("name", KILLED)
@@ -304,12 +288,7 @@ def test_a_failure_is_that_of_all(name, ranks, ran):
     assert failures(ran[0] / name) == expected
 
 
-def test_more_processes_than_sequences(ran):
-    assert ran[1]["too few"] == [3, 3]
-    assert "1 calibration sequences cannot be shared by 2 processes; raise nsamples" in failures(ran[0] / "too few")[1]
-
-
-# torchrun
+# torchrun and accelerate
 
 PROGRAM = """
 import os, sys
@@ -324,21 +303,31 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_torchrun_tells_one_sentence_and_goes_on(tmp_path):
+def test_torchrun_tells_one_sentence_and_accelerate_goes_on(tmp_path):
     dense, out, program = save_tiny(tmp_path / "dense"), tmp_path / "out", tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    command += ["quantize", str(dense), str(out), "--dataset", str(dense / "text.txt"), "--device", "cpu"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    accelerate = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    command = [str(program), "quantize", str(dense), str(out), "--dataset", str(dense / "text.txt"), "--device", "cpu"]
     command += ["--nsamples", "3", "--seqlen", "16", "--nbits-per-codebook", "4"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
-    def run(**more):
-        return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=250)
+    def run(launcher, **more):
+        line = [sys.executable, *launcher, *command]
+        return subprocess.run(line, env=environment | more, capture_output=True, text=True, timeout=250)
 
-    failed = run(FAILING="1")
+    failed = run(torchrun, FAILING="1")
     assert failed.returncode != 0 and not out.exists()
     assert re.findall(r"^crvq: error: .*", failed.stderr, re.MULTILINE) == ["crvq: error: no luck"], failed.stderr
-    done = run()
+    done = run(accelerate)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bits per weight") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out", "program.py"]

@@ -58,9 +58,11 @@ def test_a_name_of_a_device_that_is_not_there(quantize):
 
 
 def test_activations_that_do_not_fit_are_refused():
-    tokens = torch.zeros(1, dtype=torch.int64).expand(10**7, 10**6)
-    with pytest.raises(ValueError, match=r"10000000000000 calibration tokens need .* GB of memory.*lower nsamples"):
-        streams.embed(SimpleNamespace(model=make("llama")), tokens, CRVQConfig(nsamples=10**7), None)
+    model = make("llama")
+    model.config.hidden_size = 10**10
+    tokens = torch.zeros(10, 100, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"1000 calibration tokens need .* GB of memory.*lower nsamples"):
+        streams.embed(SimpleNamespace(model=model), tokens, CRVQConfig(nsamples=10), None)
 
 
 @pytest.mark.parametrize(("available", "fits"), [(1 << 40, True), (1 << 10, False)], ids=["enough", "too little"])

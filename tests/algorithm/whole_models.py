@@ -4,7 +4,7 @@ import torch
 import transformers
 from tiny import SIZES
 
-from crvq_hf import CRVQLinear, pipeline, streams
+from crvq_hf import CRVQLinear, streams
 
 ARCHITECTURES = {
     "llama": SIZES | {"initializer_range": 0.2},
@@ -58,8 +58,7 @@ def make(architecture: str, dtype: torch.dtype = torch.float32, attention: str =
 def use_small_steps(put) -> None:
     """Lets even a tiny run have several batches and steps, of unequal sizes."""
     put(streams, "RUN_TOKENS", 64)
-    put(pipeline, "BLOCK_STEP_TOKENS", 32)
-    put(pipeline, "E2E_STEP_TOKENS", 32)
+    put(streams, "STEP_TOKENS", 32)
 
 
 def quantized_layers(model) -> dict[str, CRVQLinear]:
