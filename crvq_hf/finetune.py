@@ -21,7 +21,7 @@ from .search import assemble
 # Tokens whose distributions over the vocabulary exist at a time.
 _DIVERGENCE_TOKENS = 64
 # Learning rate of dense weights, relative to their root mean square, over that of codewords (benchmarks/LOG.md).
-_DENSE_RATE = 1.0
+_DENSE_RATE = 2.0
 
 
 class _QuantizedProduct(torch.autograd.Function):
