@@ -32,6 +32,7 @@ EXPECTED_ERRORS = (ValueError, OSError, ImportError, SafetensorError, MemoryErro
 NOT_OPTIONS = ("quant_method", "quantizer_package", "format_version", "dequantize")
 GROUPS = {
     "method": (
+        "bits",
         "in_group_size",
         "nbits_per_codebook",
         "num_extended_codebooks",
@@ -194,6 +195,8 @@ def _option(field: dataclasses.Field) -> dict[str, Any]:
         options["help"] += f" (default: {field.default})"
     if isinstance(field.default, (int, float)):
         options |= {"type": type(field.default), "metavar": "N" if isinstance(field.default, int) else "X"}
+    elif field.name == "bits":
+        options |= {"type": float, "metavar": "X"}
     elif field.name == "dataset":  # the one field that takes other values here than in Python
         sources = "'self' (written by the model), 'wikitext2', 'c4', a text file, or 'none'"
         options |= {"metavar": "TEXT", "help": f"calibration text: {sources} (default: {field.default})"}

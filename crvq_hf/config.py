@@ -25,6 +25,10 @@ QUANTIZER_PACKAGE = "crvq-hf"  # stands in config.json for those who meet a chec
 FORMAT_VERSIONS = (1, 2, 3)  # that can be read; a checkpoint is written in the oldest that can hold it
 
 
+# What a budget of `bits` decides.
+BUDGETED = ("nbits_per_codebook", "num_extended_codebooks", "critical_ratio")
+
+
 def _option(default: Any, help: str, check: Callable[[str, Any], Any], stored: bool = True) -> Any:
     """Returns a dataclass field that carries its help text, its check and whether a checkpoint stores it."""
     return dataclasses.field(default=default, metadata={"help": help, "check": check, "stored": stored})
@@ -56,6 +60,10 @@ def _number(low: float, high: float) -> Callable[[str, Any], float]:
         return float(value)
 
     return check
+
+
+def _budget(name: str, value: Any) -> float | None:
+    return None if value is None else _number(0.5, 8)(name, value)
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -154,12 +162,18 @@ class CRVQConfig(QuantizationConfigMixin):
         "follows by itself",
         _format_version,
     )
+    bits: float | None = _option(
+        None,
+        "budget of stored bits per quantized weight, 1.1 say; chooses bits per code, extended codebooks and critical "
+        "channels",
+        _budget,
+    )
     in_group_size: int = _option(8, "input channels that share one code: 4, 8 or 16", _one_of(4, 8, 16))
     nbits_per_codebook: int = _option(8, "bits per code, 4 to 12; a codebook has 2**bits entries", _integer(4, 12))
     num_extended_codebooks: int = _option(
         3, "codebooks that serve only the critical channels, 0 to 7; 0 is plain vector quantization", _integer(0, 7)
     )
-    critical_ratio: float = _option(0.02, "share of input channels that are critical, 0 to 0.5", _number(0, 0.5))
+    critical_ratio: float = _option(0.02, "share of input channels that are critical, 0 to 1", _number(0, 1))
     codebook_bits: int = _option(8, "bits of a codebook entry: 8 (int8) or 16 (float16)", _one_of(8, 16))
     importance: str = _option(
         "weight_activation",
@@ -202,6 +216,9 @@ class CRVQConfig(QuantizationConfigMixin):
                 f"CRVQConfig has no field {unknown[0]!r}, did you mean {closest!r}? "
                 f"Its fields are {', '.join(FIELDS)}."
             )
+        given = [name for name in BUDGETED if name in values]
+        if values.get("bits") is not None and given:
+            raise ValueError(f"bits={values['bits']!r} chooses {', '.join(BUDGETED)}; leave out {', '.join(given)}.")
         for name, field in FIELDS.items():
             if name != "format_version":
                 setattr(self, name, values.get(name, field.default))
@@ -233,7 +250,9 @@ class CRVQConfig(QuantizationConfigMixin):
         """Returns the stored fields, all of them plain JSON values."""
         stored = [name for name, field in FIELDS.items() if field.metadata["stored"]]
         later = {1: ("embedding_bits", "codebook_bits"), 2: ("codebook_bits",), 3: ()}[self.format_version]
-        stored = [name for name in stored if name not in later]  # readers of older formats do not know these
+        undecided = ("bits",) if self.bits is None else BUDGETED
+        # Readers of older formats do not know `later` fields.
+        stored = [name for name in stored if name not in (*later, *undecided)]
         return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in stored}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:

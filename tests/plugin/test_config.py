@@ -17,10 +17,11 @@ ACCEPTED = {
     "quant_method": ["crvq"],
     "quantizer_package": ["crvq-hf"],
     "format_version": [1, 3],
+    "bits": [None, 1, 1.1, 4.0],
     "in_group_size": [4, 8, 16],
     "nbits_per_codebook": [4, 8, 12],
     "num_extended_codebooks": [0, 7],
-    "critical_ratio": [0, 0.02, 0.5],
+    "critical_ratio": [0, 0.02, 0.5, 1],
     "codebook_bits": [8, 16],
     "importance": ["weight_activation", "weight", "random"],
     "dataset": ["self", "wikitext2", "c4", "texts.txt", ["one text", "another"], None],
@@ -41,10 +42,11 @@ REJECTED = {
     "quant_method": ["gptq", None],
     "quantizer_package": ["other", None],
     "format_version": [0, 4, "1", 1.0, None, True],
+    "bits": [0.4, 9, "1.1", float("nan"), True],
     "in_group_size": [0, 2, 32, "8", None, True],
     "nbits_per_codebook": [3, 13, 8.0, "8", None, True],
     "num_extended_codebooks": [-1, 8, 1.5, None, False],
-    "critical_ratio": [-0.01, 0.51, float("nan"), float("inf"), "0.1", None, True],
+    "critical_ratio": [-0.01, 1.01, float("nan"), float("inf"), "0.1", None, True],
     "codebook_bits": [4, 32, "8", None, True],
     "importance": ["activation", 0, None],
     "dataset": ["", [], [1], 5, {"a": 1}, (text for text in "ab")],
@@ -133,7 +135,7 @@ def test_runtime_fields_are_not_stored():
     config = CRVQConfig(tokenizer=object(), device=torch.device("cpu"), work_dir="w", dequantize=True)
     assert not {"tokenizer", "device", "work_dir", "dequantize"} & set(config.to_dict())
     assert CRVQConfig.from_dict(config.to_dict()) == CRVQConfig()
-    assert set(config.to_dict()) == {n for n, field in FIELDS.items() if field.metadata["stored"]}
+    assert set(config.to_dict()) | {"bits"} == {n for n, field in FIELDS.items() if field.metadata["stored"]}
 
 
 def test_format_version_is_the_oldest_that_can_hold_it():
