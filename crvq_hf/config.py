@@ -25,6 +25,12 @@ QUANTIZER_PACKAGE = "crvq-hf"  # stands in config.json for those who meet a chec
 FORMAT_VERSIONS = (1, 2, 3)  # that can be read; a checkpoint is written in the oldest that can hold it
 
 
+# What a preset sets, instead of the defaults; README.md has what each costs and gives.
+PRESETS: dict[str, dict[str, int]] = {
+    "fast": {"nsamples": 16, "e2e_finetune_epochs": 0},
+    "default": {},
+    "best": {"nsamples": 96, "e2e_finetune_epochs": 2},
+}
 # What a budget of `bits` decides.
 BUDGETED = ("nbits_per_codebook", "num_extended_codebooks", "critical_ratio")
 
@@ -147,8 +153,8 @@ def shareable_dataset(dataset: list[str] | str | None) -> str | None:
 class CRVQConfig(QuantizationConfigMixin):
     """How a model is, or is to be, quantized with CRVQ.
 
-    Takes its fields as keyword arguments; `crvq quantize --help` explains each. Fields are checked on every
-    assignment. `tokenizer`, `device`, `work_dir` and `dequantize` steer one run and are never stored.
+    Takes its fields as keyword arguments; `crvq quantize --help` explains each. `preset="fast"` or `"best"` changes
+    the defaults of some. Fields are checked on every assignment. `tokenizer`, `device`, `work_dir` and `dequantize` steer one run and are never stored.
 
     Raises:
         ValueError: a value is out of range, an argument is unknown, or the format version is not this one's.
@@ -171,9 +177,9 @@ class CRVQConfig(QuantizationConfigMixin):
     in_group_size: int = _option(8, "input channels that share one code: 4, 8 or 16", _one_of(4, 8, 16))
     nbits_per_codebook: int = _option(8, "bits per code, 4 to 12; a codebook has 2**bits entries", _integer(4, 12))
     num_extended_codebooks: int = _option(
-        3, "codebooks that serve only the critical channels, 0 to 7; 0 is plain vector quantization", _integer(0, 7)
+        1, "codebooks that serve only the critical channels, 0 to 7; 0 is plain vector quantization", _integer(0, 7)
     )
-    critical_ratio: float = _option(0.02, "share of input channels that are critical, 0 to 1", _number(0, 1))
+    critical_ratio: float = _option(0.04, "share of input channels that are critical, 0 to 1", _number(0, 1))
     codebook_bits: int = _option(8, "bits of a codebook entry: 8 (int8) or 16 (float16)", _one_of(8, 16))
     importance: str = _option(
         "weight_activation",
@@ -185,7 +191,7 @@ class CRVQConfig(QuantizationConfigMixin):
         "calibration text: 'self' (written by the model), 'wikitext2', 'c4', a path, a list of texts, or None",
         _dataset,
     )
-    nsamples: int = _option(128, "calibration sequences for fitting and tuning block by block", _integer(1))
+    nsamples: int = _option(32, "calibration sequences for fitting and tuning block by block", _integer(1))
     seqlen: int = _option(512, "tokens per calibration sequence", _integer(1))
     seed: int = _option(0, "seed of everything random", _integer(0))
     embedding_bits: int = _option(
@@ -194,7 +200,7 @@ class CRVQConfig(QuantizationConfigMixin):
     block_finetune_epochs: int = _option(1, "epochs of fine-tuning after each block, 0 switches it off", _integer(0))
     e2e_finetune_epochs: int = _option(1, "epochs of end-to-end fine-tuning, 0 switches it off", _integer(0))
     e2e_nsamples: int = _option(
-        0, "calibration sequences for end-to-end fine-tuning; 0: 4 times nsamples, or what the text has", _integer(0)
+        0, "calibration sequences for end-to-end fine-tuning; 0: 6 times nsamples, or what the text has", _integer(0)
     )
     modules_to_not_convert: list[str] | None = _option(None, "names or regexes of modules to leave dense", _names)
     tokenizer: Any = _option(None, "tokenizer, or its name; None takes the model's own", _anything, stored=False)
@@ -204,7 +210,8 @@ class CRVQConfig(QuantizationConfigMixin):
     work_dir: str | None = _option(None, "folder for resuming an interrupted run", _path, stored=False)
     dequantize: bool = _option(False, "load the checkpoint as a dense model", _flag, stored=False)
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, preset: str = "default", **values: Any) -> None:
+        values = PRESETS[_one_of(*PRESETS)("preset", preset)] | values
         self.format_version = values.pop("format_version", 3)  # a newer format may have unknown fields
         if self.format_version < 3:
             values = {"codebook_bits": 16} | values
@@ -298,6 +305,11 @@ class CRVQConfig(QuantizationConfigMixin):
 FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(CRVQConfig)}
 
 CRVQConfig.__signature__ = inspect.Signature(
-    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-    for name, field in FIELDS.items()
+    [
+        inspect.Parameter("preset", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="default", annotation="str"),
+        *(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for name, field in FIELDS.items()
+        ),
+    ]
 )
