@@ -154,7 +154,8 @@ class CRVQConfig(QuantizationConfigMixin):
     """How a model is, or is to be, quantized with CRVQ.
 
     Takes its fields as keyword arguments; `crvq quantize --help` explains each. `preset="fast"` or `"best"` changes
-    the defaults of some. Fields are checked on every assignment. `tokenizer`, `device`, `work_dir` and `dequantize` steer one run and are never stored.
+    the defaults of some. Fields are checked on every assignment. `tokenizer`, `device`, `work_dir` and `dequantize`
+    steer one run and are never stored, and neither is `bits` once it has been spent.
 
     Raises:
         ValueError: a value is out of range, an argument is unknown, or the format version is not this one's.

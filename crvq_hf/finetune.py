@@ -138,9 +138,19 @@ class TunableLinear(nn.Module):
         scales = self.start_scales * self.relative_scales
         served = self.groups, self.first_group
         tokens = x.to(dtype).flatten(0, -2)
-        y = _QuantizedProduct.apply(tokens, self.codebooks, scales, self.codes, self.channel_order, served)
+        y = _QuantizedProduct.apply(tokens, self._rounded(), scales, self.codes, self.channel_order, served)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(dtype)
+
+    def _rounded(self) -> Tensor:
+        """Returns the codebooks as they will be stored, with the gradient of those that are tuned (straight-through).
+
+        What int8 takes away is then part of what is tuned, instead of an error at the end.
+        """
+        if self.codebook_bits == 16:
+            return self.codebooks
+        stored, size = normalised(self.codebooks.detach(), self.codebook_bits)
+        return self.codebooks + (decode_codebooks(stored) * size - self.codebooks.detach())
 
     @torch.no_grad()
     def to_linear(self) -> CRVQLinear:
