@@ -33,20 +33,10 @@ def main() -> None:
     parser.add_argument("--keep", help="keep the quantized model in this folder")
     args, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(args.keep or f"{folder}/quantized")
-        run("quantize", args.model, str(out), "--dataset", args.calibration, *options)
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        measured = run(
-            "eval", str(out), "--text", args.text, "--seqlen", str(SEQLEN), "--windows", str(WINDOWS), "--json"
-        )
-        report = json.loads((out / "report.json").read_text())
+        out = args.keep or f"{folder}/quantized"
         row = {
             "name": args.name,
-            "perplexity": round(json.loads(measured.splitlines()[-1])["value"], 2),
-            "bits_per_weight": round(report["bits_per_weight"], 4),
-            "cpu_seconds": round(usage.ru_utime + usage.ru_stime),
-            "peak_memory_mb": round(report["peak_memory_bytes"] / 1e6),
-            "activation_mb": round(report["activation_bytes"] / 1e6),
+            **quantize_and_evaluate(args.model, out, args.text, ["--dataset", args.calibration, *options]),
             "windows": WINDOWS,
             "options": " ".join(options),
             "commit": commit(),
@@ -54,8 +44,30 @@ def main() -> None:
             "torch": version("torch"),
             "transformers": version("transformers"),
         }
-    append(row)
+    append(RESULTS, row)
     print(json.dumps(row))
+
+
+def quantize_and_evaluate(model: str, out: str, text: str, options: list[str]) -> dict[str, float]:
+    """Returns perplexity, stored bits, CPU seconds and memory of one `crvq quantize` run with some options."""
+    before = cpu_seconds()
+    run("quantize", model, out, *options)
+    seconds = cpu_seconds() - before
+    measured = run("eval", out, "--text", text, "--seqlen", str(SEQLEN), "--windows", str(WINDOWS), "--json")
+    report = json.loads((Path(out) / "report.json").read_text())
+    return {
+        "perplexity": round(json.loads(measured.splitlines()[-1])["value"], 2),
+        "bits_per_weight": round(report["bits_per_weight"], 4),
+        "cpu_seconds": round(seconds),
+        "peak_memory_mb": round(report["peak_memory_bytes"] / 1e6),
+        "activation_mb": round(report["activation_bytes"] / 1e6),
+    }
+
+
+def cpu_seconds() -> float:
+    """Returns the user and system time of all processes started so far that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def run(*arguments: str) -> str:
@@ -80,11 +92,11 @@ def cpu_name() -> str:
         return platform.processor()
 
 
-def append(row: dict[str, object]) -> None:
-    """Appends a row to the results, with a header if they are new."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
+def append(results: Path, row: dict[str, object]) -> None:
+    """Appends a row to a CSV file, with a header if it is new."""
+    results.parent.mkdir(exist_ok=True)
+    is_new = not results.exists()
+    with results.open("a", newline="") as file:
         writer = csv.DictWriter(file, row, lineterminator="\n")
         if is_new:
             writer.writeheader()

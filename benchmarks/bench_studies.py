@@ -1,0 +1,132 @@
+"""The studies of the CRVQ paper, rerun: perplexity and stored bits against one option at a time.
+
+    python benchmarks/bench_studies.py MODEL --calibration calib.txt --text wiki.test.raw --nsamples 16 \
+        --e2e-finetune-epochs 0
+    python benchmarks/bench_studies.py --plot
+
+MODEL is the folder of a dense model; options it does not know go to each `crvq quantize`. Rows go to
+results/studies.csv; those that are there are not measured again. Also studied: what text to calibrate on, with
+`--other-text FILE` of another domain.
+"""
+
+import argparse
+import csv
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import bench_quality
+
+RESULTS = Path(__file__).parent / "results" / "studies.csv"
+PICTURE = Path(__file__).parent / "figures" / "studies.png"
+# What the paper has where an option is not the one studied (section 4.1).
+PAPER = {
+    "critical-ratio": 0.02,
+    "num-extended-codebooks": 3,
+    "nbits-per-codebook": 8,
+    "in-group-size": 8,
+    "importance": "weight_activation",
+    "dataset": "same domain",
+}
+STUDIES: dict[str, list[Any]] = {
+    "critical-ratio": [0, 0.005, 0.01, 0.02, 0.05, 0.1],
+    "num-extended-codebooks": [0, 1, 2, 3, 4],
+    "nbits-per-codebook": [8, 10, 12],
+    "in-group-size": [4, 8, 16],
+    "importance": ["random", "weight", "weight_activation"],
+    "dataset": ["same domain", "other domain", "self", "none"],
+}
+COLUMNS = ("study", "value", "perplexity", "bits_per_weight", "cpu_seconds", "options", "commit", "cpu")
+
+
+def main() -> None:
+    """Runs the benchmark that the command line describes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", help="folder of a dense model")
+    parser.add_argument("--calibration", help="text file of the domain that is evaluated on")
+    parser.add_argument("--text", help="text file, evaluation only")
+    parser.add_argument("--other-text", help="text file of another domain, for the study of `dataset`")
+    parser.add_argument("--study", choices=STUDIES, action="append", help="only this one; may be repeated")
+    parser.add_argument("--plot", action="store_true", help="only draw what is measured")
+    args, options = parser.parse_known_args()
+    if not args.plot:
+        if not (args.model and args.calibration and args.text):
+            parser.error("MODEL, --calibration and --text are needed to measure; --plot draws what is measured")
+        texts = {"same domain": args.calibration, "other domain": args.other_text, "self": "self", "none": "none"}
+        for study in args.study or STUDIES:
+            for value in STUDIES[study]:
+                measure(study, value, args.model, args.text, texts, options)
+    draw(read())
+
+
+def measure(study: str, value: Any, model: str, text: str, texts: dict[str, str | None], options: list[str]) -> None:
+    """Quantizes with one option changed, unless that has been measured, and appends the row."""
+    chosen = PAPER | {study: value}
+    chosen["dataset"] = texts[chosen["dataset"]]
+    if chosen["dataset"] is None:
+        print("no --other-text: calibration on another domain is not measured", file=sys.stderr)
+        return
+    known = read()
+    same = {**PAPER, study: value}
+    for row in known:  # the paper's own setting is a point of every study
+        if row["options"] == " ".join(options) and {**PAPER, row["study"]: _typed(row)} == same:
+            if row["study"] != study:
+                bench_quality.append(RESULTS, row | {"study": study, "value": value})
+            return
+    flags = [part for name, setting in chosen.items() for part in (f"--{name}", str(setting))]
+    with tempfile.TemporaryDirectory() as folder:
+        result = bench_quality.quantize_and_evaluate(model, f"{folder}/quantized", text, [*flags, *options])
+    row = {"study": study, "value": value} | {name: result[name] for name in COLUMNS[2:5]}
+    row |= {"options": " ".join(options), "commit": bench_quality.commit(), "cpu": bench_quality.cpu_name()}
+    bench_quality.append(RESULTS, row)
+    print(row, flush=True)
+
+
+def read() -> list[dict[str, str]]:
+    """Returns the rows that have been measured."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _typed(row: dict[str, str]) -> Any:
+    """Returns the value of a row as `STUDIES` has it."""
+    return next(value for value in STUDIES[row["study"]] if str(value) == str(row["value"]))
+
+
+def draw(rows: list[dict[str, str]]) -> None:
+    """Draws one panel a study, with the stored bits at each point, and all of them against bits."""
+    from matplotlib.figure import Figure
+
+    studies = [study for study in STUDIES if any(row["study"] == study for row in rows)]
+    if not studies:
+        print("nothing is measured yet", file=sys.stderr)
+        return
+    columns = 3
+    lines = -(-(len(studies) + 1) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.3 * lines), dpi=140, layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    together = panels[len(studies)]
+    for axes, study in zip(panels, studies, strict=False):
+        points = sorted((row for row in rows if row["study"] == study), key=lambda r: STUDIES[study].index(_typed(r)))
+        values, perplexities = [row["value"] for row in points], [float(row["perplexity"]) for row in points]
+        axes.plot(values, perplexities, "o-" if study not in ("importance", "dataset") else "o", color="#0072B2")
+        for row, y in zip(points, perplexities, strict=True):
+            label = f"{float(row['bits_per_weight']):.2f}"
+            axes.annotate(label, (row["value"], y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
+        axes.set(yscale="log", title=study.replace("-", "_"), ylabel="perplexity (bits at the points)")
+        axes.margins(x=0.15, y=0.2)
+        together.plot([float(row["bits_per_weight"]) for row in points], perplexities, ".", label=study)
+    together.set(yscale="log", title="all of them", xlabel="stored bits per weight", ylabel="perplexity")
+    together.legend(fontsize=7)
+    for axes in panels[len(studies) + 1 :]:
+        axes.remove()
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE)
+    print(PICTURE)
+
+
+if __name__ == "__main__":
+    main()
