@@ -43,6 +43,7 @@ def quantize_randomly_(model: torch.nn.Module) -> None:
             num_codebooks=4,
             codebook_size=256,
             num_critical_groups=num_critical_groups(module.in_features, 8, 0.02, 3),
+            codebook_bits=16,
             bias_dtype=module.weight.dtype,
             device=module.weight.device,
         )

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from . import distributed
-from .config import FIELDS, CRVQConfig
+from .config import FIELDS, PRESETS, CRVQConfig
 from .convert import check_source, convert
 from .demo import MODEL, demo
 from .device import compute_device
@@ -31,7 +31,15 @@ from .verify import verify
 EXPECTED_ERRORS = (ValueError, OSError, ImportError, SafetensorError, MemoryError, torch.OutOfMemoryError)
 NOT_OPTIONS = ("quant_method", "quantizer_package", "format_version", "dequantize")
 GROUPS = {
-    "method": ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio", "importance"),
+    "method": (
+        "bits",
+        "in_group_size",
+        "nbits_per_codebook",
+        "num_extended_codebooks",
+        "critical_ratio",
+        "codebook_bits",
+        "importance",
+    ),
     "embeddings": ("embedding_bits",),
     "calibration": ("dataset", "nsamples", "seqlen", "tokenizer"),
     "fine-tuning": ("block_finetune_epochs", "e2e_finetune_epochs", "e2e_nsamples"),
@@ -163,6 +171,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
     """Adds an option for every field of `CRVQConfig` that a command can set."""
+    presets = {name: ", ".join(f"{key} {value}" for key, value in values.items()) for name, values in PRESETS.items()}
+    changes = "; ".join(f"{name} is {text}" for name, text in presets.items() if text)
+    parser.add_argument("--preset", choices=PRESETS, default="default", help=f"other defaults: {changes}")
     groups = {title: parser.add_argument_group(title) for title in (*GROUPS, "run")}
     title_of = {name: title for title, names in GROUPS.items() for name in names}
     for name, field in FIELDS.items():
@@ -187,6 +198,8 @@ def _option(field: dataclasses.Field) -> dict[str, Any]:
         options["help"] += f" (default: {field.default})"
     if isinstance(field.default, (int, float)):
         options |= {"type": type(field.default), "metavar": "N" if isinstance(field.default, int) else "X"}
+    elif field.name == "bits":
+        options |= {"type": float, "metavar": "X"}
     elif field.name == "dataset":  # the one field that takes other values here than in Python
         sources = "'self' (written by the model), 'wikitext2', 'c4', a text file, or 'none'"
         options |= {"metavar": "TEXT", "help": f"calibration text: {sources} (default: {field.default})"}
@@ -196,7 +209,7 @@ def _option(field: dataclasses.Field) -> dict[str, Any]:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    fields = {name: value for name, value in vars(args).items() if name in FIELDS}
+    fields = {name: value for name, value in vars(args).items() if name in FIELDS or name == "preset"}
     if fields.get("dataset") == "none":
         fields["dataset"] = None
     with distributed.together(fields.get("device")):

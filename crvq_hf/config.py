@@ -22,7 +22,17 @@ from .quantized_weight import LayerShape, num_critical_groups
 
 QUANT_METHOD = "crvq"
 QUANTIZER_PACKAGE = "crvq-hf"  # stands in config.json for those who meet a checkpoint and do not know the method
-FORMAT_VERSIONS = (1, 2)  # that can be read; a checkpoint is written in the oldest that can hold it
+FORMAT_VERSIONS = (1, 2, 3)  # that can be read; a checkpoint is written in the oldest that can hold it
+
+
+# What a preset sets, instead of the defaults; README.md has what each costs and gives.
+PRESETS: dict[str, dict[str, int]] = {
+    "fast": {"nsamples": 16, "e2e_finetune_epochs": 0},
+    "default": {},
+    "best": {"nsamples": 96, "e2e_finetune_epochs": 2},
+}
+# What a budget of `bits` decides.
+BUDGETED = ("nbits_per_codebook", "num_extended_codebooks", "critical_ratio")
 
 
 def _option(default: Any, help: str, check: Callable[[str, Any], Any], stored: bool = True) -> Any:
@@ -56,6 +66,10 @@ def _number(low: float, high: float) -> Callable[[str, Any], float]:
         return float(value)
 
     return check
+
+
+def _budget(name: str, value: Any) -> float | None:
+    return None if value is None else _number(0.5, 8)(name, value)
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -116,7 +130,7 @@ def _format_version(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value not in FORMAT_VERSIONS:
         raise ValueError(
             f"The checkpoint has CRVQ {name} {value!r}, this crvq_hf reads only {name} "
-            f"{' and '.join(map(str, FORMAT_VERSIONS))}; "
+            f"{', '.join(map(str, FORMAT_VERSIONS[:-1]))} and {FORMAT_VERSIONS[-1]}; "
             f"install a crvq_hf that knows format {value!r}."
         )
     return value
@@ -139,8 +153,9 @@ def shareable_dataset(dataset: list[str] | str | None) -> str | None:
 class CRVQConfig(QuantizationConfigMixin):
     """How a model is, or is to be, quantized with CRVQ.
 
-    Takes its fields as keyword arguments; `crvq quantize --help` explains each. Fields are checked on every
-    assignment. `tokenizer`, `device`, `work_dir` and `dequantize` steer one run and are never stored.
+    Takes its fields as keyword arguments; `crvq quantize --help` explains each. `preset="fast"` or `"best"` changes
+    the defaults of some. Fields are checked on every assignment. `tokenizer`, `device`, `work_dir` and `dequantize`
+    steer one run and are never stored, and neither is `bits` once it has been spent.
 
     Raises:
         ValueError: a value is out of range, an argument is unknown, or the format version is not this one's.
@@ -149,14 +164,24 @@ class CRVQConfig(QuantizationConfigMixin):
     quant_method: str = _option(QUANT_METHOD, "name of the method", _one_of(QUANT_METHOD))
     quantizer_package: str = _option(QUANTIZER_PACKAGE, "package that reads it", _one_of(QUANTIZER_PACKAGE))
     format_version: int = _option(
-        1, "version of the checkpoint format: 2 with 8-bit embeddings, else 1; follows by itself", _format_version
+        3,
+        "version of the checkpoint format: 3 with 8-bit codebooks, else 2 with 8-bit embeddings, else 1; "
+        "follows by itself",
+        _format_version,
+    )
+    bits: float | None = _option(
+        None,
+        "budget of stored bits per quantized weight, 1.1 say; chooses bits per code, extended codebooks and critical "
+        "channels",
+        _budget,
     )
     in_group_size: int = _option(8, "input channels that share one code: 4, 8 or 16", _one_of(4, 8, 16))
     nbits_per_codebook: int = _option(8, "bits per code, 4 to 12; a codebook has 2**bits entries", _integer(4, 12))
     num_extended_codebooks: int = _option(
-        3, "codebooks that serve only the critical channels, 0 to 7; 0 is plain vector quantization", _integer(0, 7)
+        1, "codebooks that serve only the critical channels, 0 to 7; 0 is plain vector quantization", _integer(0, 7)
     )
-    critical_ratio: float = _option(0.02, "share of input channels that are critical, 0 to 0.5", _number(0, 0.5))
+    critical_ratio: float = _option(0.04, "share of input channels that are critical, 0 to 1", _number(0, 1))
+    codebook_bits: int = _option(8, "bits of a codebook entry: 8 (int8) or 16 (float16)", _one_of(8, 16))
     importance: str = _option(
         "weight_activation",
         "what makes a channel critical: 'weight_activation', 'weight' or 'random'",
@@ -167,7 +192,7 @@ class CRVQConfig(QuantizationConfigMixin):
         "calibration text: 'self' (written by the model), 'wikitext2', 'c4', a path, a list of texts, or None",
         _dataset,
     )
-    nsamples: int = _option(128, "calibration sequences for fitting and tuning block by block", _integer(1))
+    nsamples: int = _option(32, "calibration sequences for fitting and tuning block by block", _integer(1))
     seqlen: int = _option(512, "tokens per calibration sequence", _integer(1))
     seed: int = _option(0, "seed of everything random", _integer(0))
     embedding_bits: int = _option(
@@ -176,7 +201,7 @@ class CRVQConfig(QuantizationConfigMixin):
     block_finetune_epochs: int = _option(1, "epochs of fine-tuning after each block, 0 switches it off", _integer(0))
     e2e_finetune_epochs: int = _option(1, "epochs of end-to-end fine-tuning, 0 switches it off", _integer(0))
     e2e_nsamples: int = _option(
-        0, "calibration sequences for end-to-end fine-tuning; 0: 4 times nsamples, or what the text has", _integer(0)
+        0, "calibration sequences for end-to-end fine-tuning; 0: 6 times nsamples, or what the text has", _integer(0)
     )
     modules_to_not_convert: list[str] | None = _option(None, "names or regexes of modules to leave dense", _names)
     tokenizer: Any = _option(None, "tokenizer, or its name; None takes the model's own", _anything, stored=False)
@@ -186,8 +211,11 @@ class CRVQConfig(QuantizationConfigMixin):
     work_dir: str | None = _option(None, "folder for resuming an interrupted run", _path, stored=False)
     dequantize: bool = _option(False, "load the checkpoint as a dense model", _flag, stored=False)
 
-    def __init__(self, **values: Any) -> None:
-        self.format_version = values.pop("format_version", 1)  # a newer format may have unknown fields
+    def __init__(self, preset: str = "default", **values: Any) -> None:
+        values = PRESETS[_one_of(*PRESETS)("preset", preset)] | values
+        self.format_version = values.pop("format_version", 3)  # a newer format may have unknown fields
+        if self.format_version < 3:
+            values = {"codebook_bits": 16} | values
         unknown = [name for name in values if name not in FIELDS]
         if unknown:
             longer = [name for name in FIELDS if unknown[0] in name]
@@ -196,6 +224,9 @@ class CRVQConfig(QuantizationConfigMixin):
                 f"CRVQConfig has no field {unknown[0]!r}, did you mean {closest!r}? "
                 f"Its fields are {', '.join(FIELDS)}."
             )
+        given = [name for name in BUDGETED if name in values]
+        if values.get("bits") is not None and given:
+            raise ValueError(f"bits={values['bits']!r} chooses {', '.join(BUDGETED)}; leave out {', '.join(given)}.")
         for name, field in FIELDS.items():
             if name != "format_version":
                 setattr(self, name, values.get(name, field.default))
@@ -204,8 +235,10 @@ class CRVQConfig(QuantizationConfigMixin):
         if name in FIELDS:
             value = FIELDS[name].metadata["check"](name, value)
         super().__setattr__(name, value)
-        if name in ("format_version", "embedding_bits"):
-            self.__dict__["format_version"] = 2 if self.__dict__.get("embedding_bits") == 8 else 1
+        if name in ("codebook_bits", "embedding_bits"):
+            has = self.__dict__.get
+            version = 3 if has("codebook_bits") == 8 else 2 if has("embedding_bits") == 8 else 1
+            self.__dict__["format_version"] = version
 
     @classmethod
     def from_dict(
@@ -224,8 +257,10 @@ class CRVQConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Returns the stored fields, all of them plain JSON values."""
         stored = [name for name, field in FIELDS.items() if field.metadata["stored"]]
-        if self.format_version == 1:
-            stored.remove("embedding_bits")  # readers of format 1 do not know it
+        later = {1: ("embedding_bits", "codebook_bits"), 2: ("codebook_bits",), 3: ()}[self.format_version]
+        undecided = ("bits",) if self.bits is None else BUDGETED
+        # Readers of older formats do not know `later` fields.
+        stored = [name for name in stored if name not in (*later, *undecided)]
         return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in stored}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
@@ -264,12 +299,18 @@ class CRVQConfig(QuantizationConfigMixin):
             num_codebooks=1 + self.num_extended_codebooks if critical else 1,
             codebook_size=min(2**self.nbits_per_codebook, out_features * num_groups),
             num_critical_groups=critical,
+            codebook_bits=self.codebook_bits,
         )
 
 
 FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(CRVQConfig)}
 
 CRVQConfig.__signature__ = inspect.Signature(
-    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-    for name, field in FIELDS.items()
+    [
+        inspect.Parameter("preset", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="default", annotation="str"),
+        *(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for name, field in FIELDS.items()
+        ),
+    ]
 )

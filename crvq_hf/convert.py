@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from . import distributed
+from .budget import within_budget
 from .config import CRVQConfig
 from .gguf_model import load_gguf
 from .hub import licence_in
@@ -181,6 +182,7 @@ def _check_writable(folder: Path) -> None:
 def _check_space(model: PreTrainedModel, config: CRVQConfig, folder: Path) -> None:
     """Raises ValueError if the disk cannot hold the quantized layers twice (work folder, result) and the rest once."""
     linears, _ = quantizable_linears(model, config)
+    config = within_budget(config, map(linear_size, linears.values()))
     quantized = sum(config.layer_shape(*linear_size(module)).nbytes for module in linears.values())
     inside = {id(module.weight) for module in linears.values()}
     rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from . import distributed
 from .linear import CRVQLinear
-from .quantized_weight import QuantizedWeight, order_dtype
+from .quantized_weight import QuantizedWeight, decode_codebooks, normalised, order_dtype
 from .search import assemble
 
 # Tokens whose distributions over the vocabulary exist at a time.
 _DIVERGENCE_TOKENS = 64
+# Learning rate of dense weights, relative to their root mean square, over that of codewords (benchmarks/LOG.md).
+_DENSE_RATE = 2.0
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -112,9 +114,10 @@ class TunableLinear(nn.Module):
     def __init__(self, linear: CRVQLinear):
         super().__init__()
         stored = linear.quantized_weight()
-        codebooks = stored.codebooks.float()
+        codebooks = decode_codebooks(stored.codebooks).float()
         size = codebooks.square().mean().sqrt().clamp_min(1e-12)
         self.nbits, self.num_critical_groups = stored.nbits, stored.num_critical_groups
+        self.codebook_bits = stored.codebook_bits
         self.packed_codes = stored.codes
         self.codebooks = nn.Parameter(codebooks / size)
         self.relative_scales = nn.Parameter(torch.ones_like(stored.scales, dtype=torch.float32))
@@ -135,18 +138,28 @@ class TunableLinear(nn.Module):
         scales = self.start_scales * self.relative_scales
         served = self.groups, self.first_group
         tokens = x.to(dtype).flatten(0, -2)
-        y = _QuantizedProduct.apply(tokens, self.codebooks, scales, self.codes, self.channel_order, served)
+        y = _QuantizedProduct.apply(tokens, self._rounded(), scales, self.codes, self.channel_order, served)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(dtype)
+
+    def _rounded(self) -> Tensor:
+        """Returns the codebooks as they will be stored, with the gradient of those that are tuned (straight-through).
+
+        What int8 takes away is then part of what is tuned, instead of an error at the end.
+        """
+        if self.codebook_bits == 16:
+            return self.codebooks
+        stored, size = normalised(self.codebooks.detach(), self.codebook_bits)
+        return self.codebooks + (decode_codebooks(stored) * size - self.codebooks.detach())
 
     @torch.no_grad()
     def to_linear(self) -> CRVQLinear:
         """Returns the tuned layer, rounded to what is stored."""
-        # A codebook of unit size keeps fp16's relative precision; the scales carry the magnitude.
-        scales = self.start_scales * self.relative_scales
+        codebooks, size = normalised(self.codebooks.detach(), self.codebook_bits)
+        scales = self.start_scales * self.relative_scales * size
         weight = QuantizedWeight(
             self.packed_codes,
-            self.codebooks.detach().half(),
+            codebooks,
             scales.half(),
             self.channel_order.to(order_dtype(len(self.channel_order))),
             self.nbits,
@@ -158,17 +171,19 @@ class TunableLinear(nn.Module):
 
 
 @contextmanager
-def tunable(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+def tunable(module: nn.Module, dense: Sequence[str] = ()) -> Iterator[list[nn.Parameter]]:
     """Makes the quantized linears of `module` trainable while inside; yields all tunable parameters.
 
-    These are codebooks, scales, and the norms and biases (parameters of at most one dimension) of `module`.
+    These are codebooks, scales, the norms and biases (parameters of at most one dimension) of `module`, and the
+    weights of its modules named in `dense`.
     """
     names = [name for name, child in module.named_modules() if isinstance(child, CRVQLinear)]
     for name in names:
         module.set_submodule(name, TunableLinear(module.get_submodule(name)))
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     codebooks = {id(child.codebooks) for child in module.modules() if isinstance(child, TunableLinear)}
-    parameters = [p for p, _ in flags if p.dim() <= 1 or id(p) in codebooks]
+    weights = {id(module.get_submodule(name).weight) for name in dense}
+    parameters = [p for p, _ in flags if p.dim() <= 1 or id(p) in codebooks or id(p) in weights]
     try:
         module.requires_grad_(False)
         for parameter in parameters:
@@ -217,10 +232,19 @@ def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
 class Trainer:
     """Adam over a fixed number of steps, with a state that can be saved between any two of them."""
 
-    def __init__(self, parameters: list[nn.Parameter], steps: int, peak: float):
-        """Args: parameters: what to tune; steps: how many there will be; peak: highest learning rate."""
+    def __init__(self, parameters: list[nn.Parameter], steps: int, peak: float, rates: Sequence[float] | None = None):
+        """Makes the optimizer.
+
+        Args:
+            parameters: what to tune.
+            steps: how many there will be.
+            peak: highest learning rate.
+            rates: factor of each parameter's learning rate; None: 1.
+        """
         self.parameters, self.steps, self.peak = parameters, steps, peak
-        self.optimizer = torch.optim.Adam(parameters, lr=peak, betas=(0.9, 0.95))
+        rates = [1.0] * len(parameters) if rates is None else rates
+        groups = [{"params": [p], "rate": rate} for p, rate in zip(parameters, rates, strict=True)]
+        self.optimizer = torch.optim.Adam(groups, lr=peak, betas=(0.9, 0.95))
 
     def step(self, number: int, loss: Tensor | None) -> float:
         """Takes step `number` down the gradient of the loss; returns it.
@@ -239,7 +263,7 @@ class Trainer:
         if not math.isfinite(value):
             raise ValueError(f"Fine-tuning met a loss of {value} at step {number}; try a smaller learning rate.")
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, self.steps, self.peak)
+            group["lr"] = learning_rate(number, self.steps, self.peak) * group["rate"]
         self.optimizer.step()
         return value
 
@@ -278,6 +302,7 @@ def finetune_block_(
     epochs: int,
     peak: float,
     seed: int,
+    dense: Sequence[str] = (),
 ) -> tuple[float, float]:
     """Fits a quantized block to the full-precision model's hidden states after it.
 
@@ -290,14 +315,21 @@ def finetune_block_(
         epochs: passes over the batches.
         peak: learning rate.
         seed: of the order of batches.
+        dense: names of linears in the block that are yet to be quantized. Their weights are tuned too, and so take
+            up the error of those that are.
 
     Returns:
         The mean loss over the first and over the last tenth of the steps.
     """
     order = shuffled(len(inputs), epochs, seed)
     losses = []
-    with tunable(block) as parameters:
-        trainer = Trainer(parameters, len(order), peak)
+    with tunable(block, dense) as parameters:
+        weights = {id(block.get_submodule(name).weight) for name in dense}
+        # Dense weights, unlike codewords, are of any size.
+        rates = [
+            _DENSE_RATE * float(p.detach().square().mean().sqrt()) if id(p) in weights else 1.0 for p in parameters
+        ]
+        trainer = Trainer(parameters, len(order), peak, rates)
         for number, index in enumerate(order):
             loss = None
             if len(inputs[index]):

@@ -13,7 +13,7 @@ import crvq_kernels
 import torch
 from torch import Tensor, nn
 
-from .quantized_weight import TENSOR_NAMES, LayerShape, QuantizedWeight
+from .quantized_weight import TENSOR_NAMES, LayerShape, QuantizedWeight, decode_codebooks, encode_codebooks
 
 # Arguments of the kernels.
 _IN_ORDER = ("weight", "weight_codebooks", "weight_scale", "weight_order", "bias")
@@ -29,9 +29,10 @@ class CRVQLinear(nn.Linear):
     Attributes:
         nbits: e, bits per code.
         num_critical_groups: Gc.
+        codebook_bits: bits of a codebook entry where it is stored, 8 or 16.
         conv1d: whether this layer took the place of a transformers `Conv1D`; only dequantizing the model needs it.
         weight: uint8, packed codes: as stored, `[N, ceil(V*e/8)]`, or tiled for the kernels, one-dimensional.
-        weight_codebooks: `[1+E, C, d]`, float16.
+        weight_codebooks: `[1+E, C, d]`: as stored, int8 or float16, or float16 for the kernels.
         weight_scale: `[N]`, float16.
         weight_order: `[K]`, smallest integer dtype that fits.
         bias: `[N]`, dtype of the model, or None.
@@ -48,6 +49,7 @@ class CRVQLinear(nn.Linear):
         num_codebooks: int,
         codebook_size: int,
         num_critical_groups: int,
+        codebook_bits: int,
         bias_dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
@@ -57,6 +59,7 @@ class CRVQLinear(nn.Linear):
         self.out_features = out_features
         self.nbits = nbits
         self.num_critical_groups = num_critical_groups
+        self.codebook_bits = codebook_bits
         self.conv1d = False
         self._packed: crvq_kernels.CPULayer | None = None
         shape = LayerShape(
@@ -67,6 +70,7 @@ class CRVQLinear(nn.Linear):
             num_codebooks=num_codebooks,
             codebook_size=codebook_size,
             num_critical_groups=num_critical_groups,
+            codebook_bits=codebook_bits,
         )
         for name, (size, dtype) in shape.tensors().items():
             self.register_parameter(name, _frozen(torch.empty(size, dtype=dtype, device=device)))
@@ -83,11 +87,12 @@ class CRVQLinear(nn.Linear):
         return layer
 
     def tile_(self) -> CRVQLinear:
-        """Puts the codes into the layout that is fastest where they are; what is saved stays the same.
+        """Puts codes and codebooks into the layout that is fastest where they are; what is saved stays the same.
 
         Layers whose tensors are moved for each forward by accelerate's hooks are left as they are stored.
         """
         if not (self.weight.is_meta or hasattr(self, "_hf_hook")):
+            self.weight_codebooks = _frozen(decode_codebooks(self.weight_codebooks))
             tiled = crvq_kernels.prefers_tiles(self.weight.device)
             if tiled != self._is_tiled:
                 weight = crvq_kernels.tile_codes(*self._codes()) if tiled else self._stored_weight()
@@ -111,22 +116,33 @@ class CRVQLinear(nn.Linear):
         weight, nbits, num_codes = self._codes()
         return crvq_kernels.untile_codes(weight, nbits, self.out_features, num_codes) if self._is_tiled else weight
 
+    def _stored_codebooks(self) -> Tensor:
+        """Returns the codebooks as they are stored."""
+        codebooks = self.weight_codebooks.detach()
+        if self.codebook_bits == 8 and codebooks.is_floating_point():
+            return encode_codebooks(codebooks)
+        return codebooks if self.codebook_bits == 8 else codebooks.half()
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         """Saves the tensors as they are stored, whatever became of them here."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in ("weight_codebooks", "weight_scale"):  # PEFT casts them in `prepare_model_for_kbit_training`
-            destination[f"{prefix}{name}"] = destination[f"{prefix}{name}"].to(torch.float16)
+        # PEFT casts what is float in `prepare_model_for_kbit_training`.
+        destination[f"{prefix}weight_scale"] = destination[f"{prefix}weight_scale"].half()
+        destination[f"{prefix}weight_codebooks"] = self._stored_codebooks()
         if self._is_tiled:
             destination[f"{prefix}weight"] = self._stored_weight()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Loads stored codes."""
-        tiled = self._is_tiled
+        """Loads stored codes and codebooks."""
+        tiled, decoded = self._is_tiled, self.weight_codebooks.dtype != torch.int8
         if tiled:
             self.weight = _frozen(self._stored_weight())
+        self.weight_codebooks = _frozen(self._stored_codebooks())
         super()._load_from_state_dict(*args, **kwargs)
         if tiled:
             self.tile_()
+        elif decoded:
+            self.weight_codebooks = _frozen(decode_codebooks(self.weight_codebooks))
 
     @classmethod
     def from_shape(
@@ -142,13 +158,15 @@ class CRVQLinear(nn.Linear):
             num_codebooks=shape.num_codebooks,
             codebook_size=shape.codebook_size,
             num_critical_groups=shape.num_critical_groups,
+            codebook_bits=shape.codebook_bits,
             bias_dtype=bias_dtype,
             device=device,
         )
 
     def quantized_weight(self) -> QuantizedWeight:
-        """Returns the layer's tensors under their names in the algorithm; not copied, except tiled codes."""
-        tensors = {name: getattr(self, name).detach() for name in TENSOR_NAMES} | {"weight": self._stored_weight()}
+        """Returns the layer's tensors as they are stored, under their names in the algorithm; copied if need be."""
+        stored = {"weight": self._stored_weight(), "weight_codebooks": self._stored_codebooks()}
+        tensors = {name: getattr(self, name).detach() for name in TENSOR_NAMES} | stored
         return QuantizedWeight.from_tensors(tensors, self.nbits, self.num_critical_groups)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
@@ -162,7 +180,7 @@ class CRVQLinear(nn.Linear):
         return crvq_kernels.linear(
             input,
             self.weight,
-            self.weight_codebooks,
+            decode_codebooks(self.weight_codebooks),
             self.weight_scale,
             self.weight_order,
             self.bias,
@@ -207,6 +225,7 @@ class CRVQLinear(nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"nbits={self.nbits}, in_group_size={in_group_size}, codebooks={num_codebooks}x{codebook_size}, "
+            f"codebook_bits={self.codebook_bits}, "
             f"num_critical_groups={self.num_critical_groups}"
         )
 

@@ -10,7 +10,7 @@ layers of a stage. All have the same blocks, those that one process alone would 
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -225,7 +225,10 @@ def _move_stream(run: _Run, index: int, stream: Tensor) -> None:
 
 
 def _quantize_block(run: _Run, index: int, inputs: Tensor | None, targets: Tensor | None) -> None:
-    """Quantizes the linears of a block stage by stage, each on what the quantized ones before it leave, then tunes.
+    """Quantizes the linears of a block stage by stage, each on what the quantized ones before it leave.
+
+    After each stage the block is tuned: what is quantized in its codebooks, scales and norms, what is not yet in its
+    weights ("error mitigation" in NanoQuant).
 
     Args:
         run: the run.
@@ -244,24 +247,34 @@ def _quantize_block(run: _Run, index: int, inputs: Tensor | None, targets: Tenso
     if not names:
         return
     stages, energies = distributed.first(lambda: survey(block, names, partial(run.run_block, index, inputs[:1])))
-    for stage in stages:
+    for number, stage in enumerate(stages):
+        if number:  # what is still dense makes up for what is not any more
+            later = [name for others in stages[number:] for group in others for name in group]
+            _finetune_block(run, index, inputs, targets, later)
         start = time.perf_counter()
         energy = max(energies.get(name, 0.0) for group in stage for name in group)
         hessians = _hessians(run, index, [group[0] for group in stage], inputs, energy)
         run.timed("hessians", start)
         _quantize_stage(run, index, stage, lambda name, found=hessians: found.pop(name).hessian())
-    if run.config.block_finetune_epochs:
-        start = time.perf_counter()
-        finetune_block_(
-            block,
-            lambda hidden: run.run_block(index, hidden),
-            steps(inputs),
-            steps(targets),
-            epochs=run.config.block_finetune_epochs,
-            peak=BLOCK_LEARNING_RATE,
-            seed=run.config.seed + index,
-        )
-        run.timed("block fine-tuning", start)
+    _finetune_block(run, index, inputs, targets)
+
+
+def _finetune_block(run: _Run, index: int, inputs: Tensor, targets: Tensor, dense: Sequence[str] = ()) -> None:
+    """Tunes what is continuous in a block, and the weights of its linears in `dense`, towards `targets`."""
+    if not run.config.block_finetune_epochs:
+        return
+    start = time.perf_counter()
+    finetune_block_(
+        run.blocks[index],
+        lambda hidden: run.run_block(index, hidden),
+        steps(inputs),
+        steps(targets),
+        epochs=run.config.block_finetune_epochs,
+        peak=BLOCK_LEARNING_RATE,
+        seed=run.config.seed + index,
+        dense=dense,
+    )
+    run.timed("block fine-tuning", start)
 
 
 def _quantize_stage(run: _Run, index: int, stage: list[list[str]], hessian_of: Callable[[str], Tensor]) -> None:
@@ -350,7 +363,7 @@ def _quantize_linear(run: _Run, index: int, name: str, hessian: Tensor) -> None:
         importance=run.config.importance,
         generator=torch.Generator().manual_seed(seed),
     )
-    stored = to_stored(fitted, shape.nbits)
+    stored = to_stored(fitted, shape.nbits, shape.codebook_bits)
     set_quantized_(block, name, stored)
     run.timed("quantizing", start)
     run.layers[full_name] = {

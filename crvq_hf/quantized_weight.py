@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .quantize import LayerCodes
 
 TENSOR_NAMES = ("weight", "weight_codebooks", "weight_scale", "weight_order")
+# An int8 codebook entry counts 32nds: a codebook of unit root mean square has entries up to about 4.
+INT8_UNITS = 32
 
 
 def num_critical_groups(
@@ -47,6 +49,30 @@ def order_dtype(in_features: int) -> torch.dtype:
     return torch.int16 if in_features <= 32768 else torch.int32
 
 
+def encode_codebooks(codebooks: Tensor) -> Tensor:
+    """Returns codebooks as int8, in units of 1/32, rounded to nearest; entries must be from -4 to 127/32."""
+    return (codebooks.float() * INT8_UNITS).round_().to(torch.int8)
+
+
+def decode_codebooks(codebooks: Tensor) -> Tensor:
+    """Returns stored codebooks, int8 or float16, as float16 values; exact."""
+    return codebooks.half() / INT8_UNITS if codebooks.dtype == torch.int8 else codebooks
+
+
+def normalised(codebooks: Tensor, codebook_bits: int) -> tuple[Tensor, Tensor]:
+    """Returns codebooks as they are stored, and the factor by which row scales must grow.
+
+    Args:
+        codebooks: `[1 + E, C, d]`, fp32, of any size.
+        codebook_bits: 16 makes them float16 of unit root mean square, 8 int8 of which one entry is -127 or 127.
+    """
+    if codebook_bits == 16:
+        size = codebooks.square().mean().sqrt().clamp_min(1e-12)
+        return (codebooks / size).half(), size
+    size = (codebooks.abs().max() * (INT8_UNITS / 127)).clamp_min(1e-12)
+    return encode_codebooks(codebooks / size), size
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """All numbers that fix the tensors of one quantized layer.
@@ -59,6 +85,7 @@ class LayerShape:
         num_codebooks: 1 + E, or 1 when no group is critical.
         codebook_size: C, entries per codebook, at most `2**nbits`.
         num_critical_groups: Gc.
+        codebook_bits: 8 or 16, bits per codebook entry.
     """
 
     in_features: int
@@ -68,6 +95,7 @@ class LayerShape:
     num_codebooks: int
     codebook_size: int
     num_critical_groups: int
+    codebook_bits: int
 
     @property
     def num_groups(self) -> int:
@@ -84,9 +112,10 @@ class LayerShape:
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Returns shape and dtype of every stored tensor, bias apart, by its name in `TENSOR_NAMES`."""
         width = packing.packed_width(self.num_virtual_groups, self.nbits)
+        codebooks = torch.int8 if self.codebook_bits == 8 else torch.float16
         return {
             "weight": ((self.out_features, width), torch.uint8),
-            "weight_codebooks": ((self.num_codebooks, self.codebook_size, self.in_group_size), torch.float16),
+            "weight_codebooks": ((self.num_codebooks, self.codebook_size, self.in_group_size), codebooks),
             "weight_scale": ((self.out_features,), torch.float16),
             "weight_order": ((self.in_features,), order_dtype(self.in_features)),
         }
@@ -108,7 +137,7 @@ class QuantizedWeight:
 
     Attributes:
         codes: `[N, ceil(V*e/8)]`, uint8, packed codes, rows contiguous (see `crvq_kernels.packing`).
-        codebooks: `[1+E, C, d]`, float16, base codebook first.
+        codebooks: `[1+E, C, d]`, float16 or int8 (see `decode_codebooks`), base codebook first.
         scales: `[N]`, float16, one factor per output row.
         channel_order: `[K]`, integer, new-to-old: entry i is the original number of the channel at place i.
         nbits: e, bits per code.
@@ -138,6 +167,10 @@ class QuantizedWeight:
         """Returns the stored tensors by their names in a checkpoint."""
         return dict(zip(TENSOR_NAMES, (self.codes, self.codebooks, self.scales, self.channel_order), strict=True))
 
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns codes, codebooks (float16), scales and channel order as the kernels take them."""
+        return self.codes, decode_codebooks(self.codebooks), self.scales, self.channel_order
+
     @property
     def out_features(self) -> int:
         """N."""
@@ -157,6 +190,11 @@ class QuantizedWeight:
     def num_codebooks(self) -> int:
         """1 + E."""
         return self.codebooks.shape[0]
+
+    @property
+    def codebook_bits(self) -> int:
+        """Bits per codebook entry, 8 or 16."""
+        return 8 * self.codebooks.element_size()
 
     @property
     def num_groups(self) -> int:
@@ -179,6 +217,7 @@ class QuantizedWeight:
             num_codebooks=self.num_codebooks,
             codebook_size=self.codebooks.shape[1],
             num_critical_groups=self.num_critical_groups,
+            codebook_bits=self.codebook_bits,
         )
 
     @property
@@ -193,9 +232,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the dense weight `[N, K]` in `dtype`, channels in their original order."""
-        return crvq_kernels.dequantize(
-            self.codes, self.codebooks, self.scales, self.channel_order, self.nbits, self.num_critical_groups, dtype
-        )
+        return crvq_kernels.dequantize(*self.operands(), self.nbits, self.num_critical_groups, dtype)
 
     def check(self, name: str = "quantized weight") -> None:
         """Checks the tensors against each other and their values.
@@ -259,13 +296,13 @@ class QuantizedWeight:
                 )
 
 
-def to_stored(fitted: LayerCodes, nbits: int) -> QuantizedWeight:
-    """Returns a fitted layer as it is stored: codes packed, codebooks of unit size, fp16.
+def to_stored(fitted: LayerCodes, nbits: int, codebook_bits: int) -> QuantizedWeight:
+    """Returns a fitted layer as it is stored: codes packed, codebooks normalised, scales fp16.
 
     Raises:
         ValueError: the weight is too large for fp16 scales.
     """
-    size = fitted.codebooks.square().mean().sqrt().clamp_min(1e-12)
+    codebooks, size = normalised(fitted.codebooks, codebook_bits)
     scales = (fitted.scales * size).half()
     if not scales.isfinite().all():
         raise ValueError(
@@ -274,7 +311,7 @@ def to_stored(fitted: LayerCodes, nbits: int) -> QuantizedWeight:
         )
     return QuantizedWeight(
         packing.pack_codes(fitted.codes, nbits),
-        (fitted.codebooks / size).half(),
+        codebooks,
         scales,
         fitted.channel_order.to(order_dtype(len(fitted.channel_order))),
         nbits,

@@ -26,6 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from . import checkpoint
 from .blocks import find_blocks
+from .budget import within_budget
 from .config import QUANT_METHOD, CRVQConfig, shareable_dataset
 from .embedding import (
     ROW_SCALE,
@@ -104,8 +105,8 @@ class CRVQQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Quantizes a dense model, or checks a CRVQ model that has just been loaded."""
         if not self.pre_quantized:
-            _quantize(model, self.quantization_config)
-            self.quantization_config = _recorded_config(model, self.quantization_config)
+            decided = _quantize(model, self.quantization_config)
+            self.quantization_config = _recorded_config(model, decided)
         else:
             _check_loaded(model)
             if self.quantization_config.dequantize:
@@ -199,7 +200,7 @@ def quantize_model(model: PreTrainedModel, tokenizer: Any = None, config: CRVQCo
             f"The model to quantize must be on one device, found it on {sorted(devices)}; "
             "load it with device_map='cpu'."
         )
-    _quantize(model.eval(), config, tokenizer)
+    config = _quantize(model.eval(), config, tokenizer)
     CRVQQuantizer(_recorded_config(model, config), pre_quantized=True)._attach(model)
     return model
 
@@ -221,18 +222,20 @@ def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> Any:
     return push_model(model, repo_id, **options)
 
 
-def _quantize(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any = None) -> None:
-    """Quantizes `model` in place with the pipeline."""
+def _quantize(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any = None) -> CRVQConfig:
+    """Quantizes `model` in place with the pipeline; returns the config with what its budget has decided."""
     from .pipeline import quantize_blocks_
 
     _unfuse(model, config)
     linears, _ = quantizable_linears(model, config)
     if not linears:
         raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
+    config = within_budget(config, map(linear_size, linears.values()))
     tokenizer = config.tokenizer if tokenizer is None else tokenizer
     quantize_blocks_(model, _load_tokenizer(model, config, tokenizer), config)
     if config.embedding_bits == 8:
         quantize_embeddings_(model)
+    return config
 
 
 def _unfuse(model: nn.Module, config: CRVQConfig) -> None:

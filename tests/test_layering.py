@@ -35,6 +35,7 @@ ORDER = {
         "quantized_weight",
         "linear",
         "config",
+        "budget",
         "blocks",
         "experts",
         "replace",

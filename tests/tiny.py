@@ -11,7 +11,7 @@ from crvq_kernels import pack_codes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from crvq_hf.quantized_weight import LayerShape, QuantizedWeight, order_dtype
+from crvq_hf.quantized_weight import LayerShape, QuantizedWeight, encode_codebooks, order_dtype
 
 # What the configs of most architectures have in common.
 SIZES = {
@@ -70,9 +70,10 @@ def save_tiny(folder: Path) -> Path:
 def random_weight(shape: LayerShape) -> QuantizedWeight:
     """Returns a quantized weight of the given shape with random contents."""
     codes = torch.randint(shape.codebook_size, (shape.out_features, shape.num_virtual_groups))
+    codebooks = torch.randn(shape.num_codebooks, shape.codebook_size, shape.in_group_size).mul(0.3)
     return QuantizedWeight(
         codes=pack_codes(codes, shape.nbits),
-        codebooks=torch.randn(shape.num_codebooks, shape.codebook_size, shape.in_group_size).mul(0.3).half(),
+        codebooks=encode_codebooks(codebooks) if shape.codebook_bits == 8 else codebooks.half(),
         scales=torch.rand(shape.out_features).add(0.1).half(),
         channel_order=torch.randperm(shape.in_features).to(order_dtype(shape.in_features)),
         nbits=shape.nbits,

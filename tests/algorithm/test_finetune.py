@@ -1,6 +1,7 @@
 """Fine-tuning: gradients against definitions, modules put back as they were, runs that can be taken up again."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -24,7 +25,7 @@ from crvq_hf.finetune import (
     shuffled,
     tunable,
 )
-from crvq_hf.quantized_weight import QuantizedWeight, order_dtype
+from crvq_hf.quantized_weight import QuantizedWeight, normalised, order_dtype
 
 
 def random_linear(k: int = 32, n: int = 24, d: int = 8, nbits: int = 4, extended: int = 2, bias: bool = True):
@@ -121,6 +122,23 @@ def test_gradients_of_a_tunable_linear_arrive_in_fp32_under_autocast():
         assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() and parameter.grad.any()
 
 
+@pytest.mark.parametrize("codebook_bits", [8, 16])
+def test_what_is_tuned_is_what_is_stored(codebook_bits):
+    linear = random_linear()
+    books, _ = normalised(torch.randn(3, 16, 8), codebook_bits)
+    linear = CRVQLinear.from_quantized(dataclasses.replace(linear.quantized_weight(), codebooks=books), None)
+    tuned = TunableLinear(linear)
+    with torch.no_grad():
+        tuned.codebooks.mul_(1.7).add_(0.01 * torch.randn(3, 16, 8))
+        tuned.relative_scales.mul_(0.9)
+    x = torch.randn(5, 32)
+    y = tuned(x)
+    y.square().sum().backward()
+    assert tuned.codebooks.grad.any()  # through the rounding
+    assert (y - tuned.to_linear()(x)).norm() < 1e-3 * y.norm()  # float16 scales, far below the steps of int8
+    assert tuned.to_linear().quantized_weight().codebook_bits == codebook_bits
+
+
 @pytest.mark.parametrize("tokens", [(1, 1), (1, 63), (2, 32), (1, 65), (3, 50)], ids=str)
 def test_distillation_loss_is_kl_div(tokens):
     logits = (3 * torch.randn(*tokens, 40)).requires_grad_(True)
@@ -192,6 +210,23 @@ def snapshot(module: nn.Module):
         for name, child in module.named_modules()
     }
     return modules, {name: (p.dtype, p.shape, p.requires_grad, p.grad) for name, p in module.named_parameters()}
+
+
+def test_what_is_still_dense_takes_up_the_error(block):
+    """The dense layer, 100 times as large as usual, moves relative to its size, and the loss falls further."""
+    block.router.weight.data *= 100
+    inputs = list(torch.randn(30, 2, 8, 32))
+    target = copy.deepcopy(block)
+    target.router.weight.data *= 1 + 0.02 * torch.randn(32, 32)
+    targets = [target(x).detach() for x in inputs]
+    before, losses = block.router.weight.clone(), {}
+    for dense in ((), ("router",)):
+        tuned = copy.deepcopy(block)
+        losses[dense] = finetune_block_(tuned, tuned, inputs, targets, epochs=4, peak=8e-3, seed=0, dense=dense)[1]
+        change = (tuned.router.weight - before).norm() / before.norm()
+        assert (change == 0) if not dense else (0.005 < change < 0.1)
+        assert tuned.router.weight.requires_grad and tuned.router.weight.grad is None
+    assert losses[("router",)] < 0.5 * losses[()]
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])

@@ -223,11 +223,15 @@ def test_quantizing_while_loading_and_loading_the_result_give_the_same(architect
 # What layers are fitted on
 
 
+def is_to_be_quantized(module) -> bool:
+    return type(module) in (nn.Linear, Conv1D)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_layer_is_calibrated_on_what_the_quantized_ones_before_it_leave(
     architecture, quantize, monkeypatch, small_steps
 ):
-    hessians, tuned, lines = {}, [], []
+    hessians, tuned, lines, still_dense = {}, [], [], []
     quantize_linear, calibration = pipeline._quantize_linear, pipeline.calibration_tokens
     tokens = []
     monkeypatch.setattr(pipeline, "calibration_tokens", lambda *args: tokens.append(calibration(*args)) or tokens[0])
@@ -236,8 +240,11 @@ def test_every_layer_is_calibrated_on_what_the_quantized_ones_before_it_leave(
         hessians[f"{run.blocks_name}.{index}.{name}"] = hessian.clone()
         quantize_linear(run, index, name, hessian)
 
-    def no_tuning(block, run, inputs, targets, **fields):
-        tuned.append([torch.cat(tuple(batches)).clone() for batches in (inputs, targets)])
+    def no_tuning(block, run, inputs, targets, *, dense, **fields):
+        still_dense.append(set(dense))
+        assert still_dense[-1] == {name for name, module in block.named_modules() if is_to_be_quantized(module)}
+        if not dense:
+            tuned.append([torch.cat(tuple(batches)).clone() for batches in (inputs, targets)])
 
     def no_tuning_end_to_end(runner, batches, hidden, **fields):
         lines.append([torch.cat(tuple(batches)), torch.cat(tuple(hidden)).clone()])
@@ -269,7 +276,7 @@ def test_every_layer_is_calibrated_on_what_the_quantized_ones_before_it_leave(
 
     with torch.no_grad():
         full = make(architecture)(tokens[0], output_hidden_states=True, use_cache=False)
-    assert len(tuned) == 2
+    assert len(tuned) == 2 and len(still_dense) > 4  # tuned after every stage
     for index, (block_inputs, targets) in enumerate(tuned):
         assert block_inputs.shape == targets.shape == (6, 16, 32)
         if index == 0:

@@ -66,7 +66,7 @@ def fit(weight: torch.Tensor, hessian: torch.Tensor, **fields):
         num_critical_groups=shape.num_critical_groups,
         generator=torch.Generator().manual_seed(0),
     )
-    return fitted, to_stored(fitted, shape.nbits)
+    return fitted, to_stored(fitted, shape.nbits, shape.codebook_bits)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -16,11 +16,13 @@ from crvq_hf.config import FIELDS
 ACCEPTED = {
     "quant_method": ["crvq"],
     "quantizer_package": ["crvq-hf"],
-    "format_version": [1],
+    "format_version": [1, 3],
+    "bits": [None, 1, 1.1, 4.0],
     "in_group_size": [4, 8, 16],
     "nbits_per_codebook": [4, 8, 12],
     "num_extended_codebooks": [0, 7],
-    "critical_ratio": [0, 0.02, 0.5],
+    "critical_ratio": [0, 0.02, 0.5, 1],
+    "codebook_bits": [8, 16],
     "importance": ["weight_activation", "weight", "random"],
     "dataset": ["self", "wikitext2", "c4", "texts.txt", ["one text", "another"], None],
     "nsamples": [1, 4096],
@@ -39,11 +41,13 @@ ACCEPTED = {
 REJECTED = {
     "quant_method": ["gptq", None],
     "quantizer_package": ["other", None],
-    "format_version": [0, 3, "1", 1.0, None, True],
+    "format_version": [0, 4, "1", 1.0, None, True],
+    "bits": [0.4, 9, "1.1", float("nan"), True],
     "in_group_size": [0, 2, 32, "8", None, True],
     "nbits_per_codebook": [3, 13, 8.0, "8", None, True],
     "num_extended_codebooks": [-1, 8, 1.5, None, False],
-    "critical_ratio": [-0.01, 0.51, float("nan"), float("inf"), "0.1", None, True],
+    "critical_ratio": [-0.01, 1.01, float("nan"), float("inf"), "0.1", None, True],
+    "codebook_bits": [4, 32, "8", None, True],
     "importance": ["activation", 0, None],
     "dataset": ["", [], [1], 5, {"a": 1}, (text for text in "ab")],
     "nsamples": [0, -1, 1.0, None, True],
@@ -101,7 +105,7 @@ def test_unknown_field_names_the_closest(name, closest):
 
 
 def test_unknown_version_is_reported_before_its_unknown_fields():
-    with pytest.raises(ValueError, match="format_version 7.*only format_version 1 and 2"):
+    with pytest.raises(ValueError, match="format_version 7.*only format_version 1, 2 and 3"):
         CRVQConfig(format_version=7, something_new=1)
 
 
@@ -114,6 +118,7 @@ stored_fields = {
     "modules_to_not_convert": st.none() | st.lists(st.sampled_from(["lm_head", "up_proj"])),
     "seed": st.integers(0, 2**62),
     "embedding_bits": st.sampled_from([8, 16]),
+    "codebook_bits": st.sampled_from([8, 16]),
 }
 
 
@@ -130,16 +135,26 @@ def test_runtime_fields_are_not_stored():
     config = CRVQConfig(tokenizer=object(), device=torch.device("cpu"), work_dir="w", dequantize=True)
     assert not {"tokenizer", "device", "work_dir", "dequantize"} & set(config.to_dict())
     assert CRVQConfig.from_dict(config.to_dict()) == CRVQConfig()
-    assert set(config.to_dict()) | {"embedding_bits"} == {n for n, field in FIELDS.items() if field.metadata["stored"]}
+    assert set(config.to_dict()) | {"bits"} == {n for n, field in FIELDS.items() if field.metadata["stored"]}
 
 
-def test_format_version_follows_from_the_embeddings():
-    assert "embedding_bits" not in CRVQConfig().to_dict()  # a reader that knows only format 1 would refuse it
-    config = CRVQConfig(embedding_bits=8)
+def test_format_version_is_the_oldest_that_can_hold_it():
+    config = CRVQConfig(codebook_bits=16)
+    # A reader that knows only format 1 would refuse fields of later ones.
+    assert config.format_version == 1 and not {"embedding_bits", "codebook_bits"} & set(config.to_dict())
+    config.embedding_bits = 8
     assert config.to_dict()["embedding_bits"] == 8 and config.to_dict()["format_version"] == 2
-    assert CRVQConfig.from_dict(CRVQConfig().to_dict(), embedding_bits=8) == config
+    assert "codebook_bits" not in config.to_dict()
+    assert CRVQConfig.from_dict(CRVQConfig(codebook_bits=16).to_dict(), embedding_bits=8) == config
+    config.codebook_bits = 8
+    assert config.to_dict()["codebook_bits"] == 8 and config.to_dict()["format_version"] == 3
     config.embedding_bits = 16
-    assert config.format_version == 1 and config == CRVQConfig()
+    assert config.format_version == 3 and config == CRVQConfig()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_older_formats_have_float16_codebooks(version):
+    assert CRVQConfig.from_dict({"format_version": version, "in_group_size": 4}).codebook_bits == 16
 
 
 def test_stored_lists_are_copies():

@@ -13,9 +13,9 @@ from crvq_hf import CRVQConfig, CRVQLinear
 from crvq_hf.quantized_weight import TENSOR_NAMES
 
 
-@pytest.fixture
-def weight(make_weight):
-    return make_weight(64, 24, nbits_per_codebook=6, critical_ratio=0.25)
+@pytest.fixture(params=[8, 16], ids=["int8", "fp16"])
+def weight(make_weight, request):
+    return make_weight(64, 24, nbits_per_codebook=6, critical_ratio=0.25, codebook_bits=request.param)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_forward_is_the_reference(weight, dtype, bias):
     x = torch.randn(2, 5, 64).to(dtype)
     y = CRVQLinear.from_quantized(weight, bias)(x)
     assert y.shape == (2, 5, 24) and y.dtype == dtype
-    torch.testing.assert_close(y, linear_ref(x, *weight.tensors().values(), bias, 6, 2))
+    torch.testing.assert_close(y, linear_ref(x, *weight.operands(), bias, 6, 2))
 
 
 def test_is_a_linear_layer_without_gradients(layer, weight):
@@ -52,7 +52,7 @@ def test_constructor_makes_the_shapes_of_the_config(bias):
     shape = CRVQConfig(nbits_per_codebook=10).layer_shape(64, 24)
     layer = CRVQLinear(
         64, 24, bias=bias, in_group_size=8, nbits=10, num_codebooks=shape.num_codebooks,
-        codebook_size=shape.codebook_size, num_critical_groups=shape.num_critical_groups,
+        codebook_size=shape.codebook_size, num_critical_groups=shape.num_critical_groups, codebook_bits=8,
         bias_dtype=torch.bfloat16, device="meta",
     )  # fmt: skip
     found = {name: (tuple(p.shape), p.dtype) for name, p in layer.named_parameters()}
@@ -114,7 +114,9 @@ def test_deepcopy_and_state_dict(layer):
 
 def test_repr_names_the_numbers(layer):
     assert "in_features=64, out_features=24, bias=True, nbits=6" in repr(layer)
-    assert "in_group_size=8, codebooks=4x64, num_critical_groups=2" in repr(layer)
+    assert f"in_group_size=8, codebooks=4x64, codebook_bits={layer.codebook_bits}, num_critical_groups=2" in repr(
+        layer
+    )
 
 
 # The layout of the codes
@@ -132,7 +134,7 @@ def tiled(layer):
 
 def test_tiling_changes_nothing_but_the_layout(tiled, weight):
     x = torch.randn(2, 5, 64)
-    expected = linear_ref(x, *weight.tensors().values(), tiled.bias, 6, 2)
+    expected = linear_ref(x, *weight.operands(), tiled.bias, 6, 2)
     torch.testing.assert_close(tiled(x), expected, rtol=1e-3, atol=1e-3)
     for a, b in zip(tiled.quantized_weight().tensors().values(), weight.tensors().values(), strict=True):
         assert torch.equal(a, b)
@@ -141,7 +143,8 @@ def test_tiling_changes_nothing_but_the_layout(tiled, weight):
 
 def test_tiled_codes_are_saved_and_loaded_as_stored(tiled, weight):
     state = tiled.state_dict()
-    assert torch.equal(state["weight"], weight.codes)
+    assert torch.equal(state["weight"], weight.codes) and torch.equal(state["weight_codebooks"], weight.codebooks)
+    assert state["weight_codebooks"].dtype == weight.codebooks.dtype
     other = CRVQLinear.from_shape(weight.shape, bias=True, bias_dtype=torch.float32, device="cpu").tile_()
     assert other.load_state_dict(state) and other.weight.dim() == 1
     x = torch.randn(3, 64)
@@ -151,7 +154,7 @@ def test_tiled_codes_are_saved_and_loaded_as_stored(tiled, weight):
 def test_without_the_kernel_codes_are_stored_ones(tiled, weight, monkeypatch):
     monkeypatch.setattr(cpu, "library", lambda: None)
     x = torch.randn(3, 64)
-    expected = linear_ref(x, *weight.tensors().values(), tiled.bias, 6, 2)
+    expected = linear_ref(x, *weight.operands(), tiled.bias, 6, 2)
     torch.testing.assert_close(tiled(x), expected)  # slower, but right
     assert torch.equal(tiled.to("cpu").weight, weight.codes)
     torch.testing.assert_close(tiled(x), expected)
@@ -177,7 +180,7 @@ def test_a_changed_tensor_is_seen(tiled, weight, how):
     else:
         tiled.bias = None
     scale = tiled.weight_scale
-    tensors = [weight.codes, weight.codebooks, scale, weight.channel_order]
+    tensors = [*weight.operands()[:2], scale, weight.channel_order]
     assert not torch.equal(tiled(x), before)
     torch.testing.assert_close(tiled(x), linear_ref(x, *tensors, tiled.bias, 6, 2), rtol=1e-3, atol=1e-3)
 

@@ -182,8 +182,9 @@ def test_dtype_of_loading(make, tokens, tmp_path, case, dtype):
     assert torch.equal(logits(again, tokens), logits(dense, tokens))
 
 
-def test_format_version_is_2_only_with_8_bits(make, tmp_path):
-    for config, version in ((CRVQConfig(dataset=None), 1), (EIGHT, 2)):
+def test_format_version_follows_from_the_contents(make, tmp_path):
+    old, older = (CRVQConfig(dataset=None, codebook_bits=16, embedding_bits=bits) for bits in (8, 16))
+    for config, version in ((older, 1), (old, 2), (EIGHT, 3)):
         folder = tmp_path / str(version)
         quantize_model(make("llama"), config=config).save_pretrained(folder)
         stored = json.loads((folder / "config.json").read_text())["quantization_config"]

@@ -6,7 +6,16 @@ import pytest
 import torch
 from crvq_kernels import dequantize_ref, pack_codes, unpack_codes
 
-from crvq_hf.quantized_weight import TENSOR_NAMES, LayerShape, QuantizedWeight, num_critical_groups, order_dtype
+from crvq_hf.quantized_weight import (
+    TENSOR_NAMES,
+    LayerShape,
+    QuantizedWeight,
+    decode_codebooks,
+    encode_codebooks,
+    normalised,
+    num_critical_groups,
+    order_dtype,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,14 +42,15 @@ def test_num_critical_groups(arguments, expected):
 
 
 @pytest.mark.parametrize("nbits", [4, 8, 11])
-def test_shape_and_bytes(make_weight, nbits):
-    weight = make_weight(64, 48, nbits_per_codebook=nbits, critical_ratio=0.25)
+@pytest.mark.parametrize("codebook_bits", [8, 16])
+def test_shape_and_bytes(make_weight, nbits, codebook_bits):
+    weight = make_weight(64, 48, nbits_per_codebook=nbits, critical_ratio=0.25, codebook_bits=codebook_bits)
     weight.check()
     # 8 base groups, 3 extended codebooks for 2 critical groups
     assert (weight.out_features, weight.in_features, weight.in_group_size) == (48, 64, 8)
     assert (weight.num_codebooks, weight.num_groups, weight.num_virtual_groups) == (4, 8, 14)
     codebook_size = min(2**nbits, 48 * 8)
-    by_hand = 48 * -(-14 * nbits // 8) + 4 * codebook_size * 8 * 2 + 48 * 2 + 64
+    by_hand = 48 * -(-14 * nbits // 8) + 4 * codebook_size * codebook_bits + 48 * 2 + 64
     assert weight.nbytes == weight.shape.nbytes == by_hand
     assert weight.bits_per_weight == weight.shape.bits_per_weight == by_hand * 8 / (48 * 64)
 
@@ -56,7 +66,7 @@ def test_tensors_round_trip(make_weight):
 
 def test_dequantize_is_the_reference(make_weight):
     weight = make_weight(64, 24, nbits_per_codebook=5, critical_ratio=0.25)
-    expected = dequantize_ref(*weight.tensors().values(), 5, 2, torch.float32)
+    expected = dequantize_ref(*weight.operands(), 5, 2, torch.float32)
     torch.testing.assert_close(weight.dequantize(torch.float32), expected)
     assert weight.dequantize(torch.bfloat16).dtype == torch.bfloat16
 
@@ -100,10 +110,22 @@ def fill(index, value):
     ],
 )
 def test_check_refuses(make_weight, changes, message):
-    weight = make_weight(32, 16)  # 4 + 3 groups, codebooks of 64 entries
+    weight = make_weight(32, 16, codebook_bits=16)  # 4 + 3 groups, codebooks of 64 entries
     weight.check("layer")
     with pytest.raises(ValueError, match=message):
         damaged(weight, **changes).check("layer")
+
+
+def test_int8_codebooks():
+    codebooks = torch.randn(3, 64, 8) * torch.tensor([30.0, 3.0, 0.3])[:, None, None]
+    stored, size = normalised(codebooks, 8)
+    assert stored.dtype == torch.int8 and int(stored.int().abs().max()) == 127
+    assert torch.equal(encode_codebooks(decode_codebooks(stored)), stored)
+    step = codebooks.abs().max() / 127
+    assert (decode_codebooks(stored).float() * size - codebooks).abs().max() <= 0.5001 * step
+    every = torch.arange(-128, 128, dtype=torch.int8)
+    assert torch.equal(encode_codebooks(decode_codebooks(every)), every)
+    assert torch.equal(normalised(torch.zeros(1, 2, 4), 8)[0], torch.zeros(1, 2, 4, dtype=torch.int8))
 
 
 @pytest.mark.parametrize("count", [-1, 5])
@@ -122,7 +144,7 @@ def test_check_of_packed_codes_sees_every_code(make_weight):
 
 
 def test_full_codebooks_need_no_check_of_codes():
-    shape = LayerShape(64, 64, 8, 8, 1, 256, 0)
+    shape = LayerShape(64, 64, 8, 8, 1, 256, 0, 16)
     weight = QuantizedWeight(
         torch.full((64, 8), 255, dtype=torch.uint8), torch.ones(1, 256, 8).half(), torch.ones(64).half(),
         torch.arange(64, dtype=torch.uint8), 8, 0,

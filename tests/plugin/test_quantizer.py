@@ -95,9 +95,9 @@ def test_metadata_of_the_files(dense, tmp_path):
         metadata = file.metadata()
         assert json.loads(metadata.pop("crvq_sha256")).keys() == set(file.keys())
     assert len(metadata.pop("crvq_config_sha256")) == 64
-    assert metadata == {"format": "pt", "crvq_format_version": "1"}
+    assert metadata == {"format": "pt", "crvq_format_version": "3"}
     stored = json.loads((tmp_path / "crvq" / "config.json").read_text())["quantization_config"]
-    assert stored["quant_method"] == "crvq" and stored["format_version"] == 1
+    assert stored["quant_method"] == "crvq" and stored["format_version"] == 3
     assert stored["modules_to_not_convert"] == ["lm_head"]
 
 
