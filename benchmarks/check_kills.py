@@ -132,12 +132,12 @@ def main() -> int:
             left = runs.kill(out, phase, moment)
             runs.finish(out)
             leftovers = [path.name for path in folder.glob(f"{out.name}.*") if not path.name.endswith(".log")]
-            same = contents(out) == expected and not leftovers
-            identical += same
+            found = contents(out)
+            wrong = leftovers + [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)]
+            identical += not wrong
             when = f"{moment:.3f} s after {phase}"
-            print(
-                f"{number + 1:3}  {when:30} {left:46} {'identical' if same else f'DIFFERENT {leftovers}'}", flush=True
-            )
+            verdict = f"DIFFERENT {sorted(wrong)}" if wrong else "identical"
+            print(f"{number + 1:3}  {when:30} {left:46} {verdict}", flush=True)
             shutil.rmtree(out)
     print(f"{identical} of {args.kills} identical (seed {args.seed})")
     return 0 if identical == args.kills else 1

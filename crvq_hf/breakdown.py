@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import LayerSize
+from .checkpoint import LayerSize, embedding_bytes
 from .info import CheckpointInfo
 
 PARTS = ("codes", "extended codes", "codebooks", "scales", "channel order")
@@ -46,6 +46,7 @@ class Breakdown:
         per_cell: layers of one kind in one block at most; more than 1 for experts.
         block_bits: bits per weight by part, `[blocks]` each.
         quantized_bytes: bytes of the quantized layers by part, exact to the bit.
+        embedding_bytes: bytes of embeddings and heads in 8 bits, their scales counted; 0 where they are dense.
         dense_bytes: bytes of all other tensors by a short name, the largest first.
         file_bytes: bytes of the safetensors files.
     """
@@ -56,6 +57,7 @@ class Breakdown:
     per_cell: int
     block_bits: dict[str, list[float]]
     quantized_bytes: dict[str, float]
+    embedding_bytes: int
     dense_bytes: dict[str, int]
     file_bytes: int
 
@@ -92,6 +94,7 @@ def break_down(info: CheckpointInfo, report: dict[str, Any] | None = None) -> Br
             for part in PARTS
         },
         quantized_bytes={part: sum(bits[part] for bits in parts.values()) / 8 for part in PARTS},
+        embedding_bytes=embedding_bytes(info.tensors),
         dense_bytes=_dense_bytes(info),
         file_bytes=sum(Path(file).stat().st_size for file in {tensor.file for tensor in info.tensors.values()}),
     )

@@ -2,9 +2,7 @@
 
 import resource
 import sys
-import time
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 import torch
 
@@ -23,23 +21,15 @@ def compute_device(wanted: str | torch.device | None) -> torch.device:
     return device
 
 
-@cache
 def has_fast_bfloat16(device_type: str) -> bool:
-    """Whether bfloat16 matrix products pay on this device; on a CPU that is measured once, since machines differ."""
+    """Returns whether this device computes products of bfloat16, in hardware.
+
+    It is looked up, not measured: runs on a busy machine must not differ from others.
+    """
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type != "cpu":
-        return False
-    single = torch.ones(512, 1024)  # no random numbers: runs must not depend on whether this has been asked
-    half = single.bfloat16()
-    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    for _ in range(5):
-        for x in (single, half):
-            start = time.perf_counter()
-            for _ in range(4):
-                x @ x.T
-            best[x.dtype] = min(best[x.dtype], time.perf_counter() - start)
-    return best[torch.float32] > 1.5 * best[torch.bfloat16]
+    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private: where they are gone, fp32 it is
+    return device_type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in instructions)
 
 
 def mixed_precision(device: torch.device, bfloat16: bool) -> AbstractContextManager:

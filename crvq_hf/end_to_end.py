@@ -27,7 +27,7 @@ def finetune_end_to_end_(
     seed: int,
     precision: Callable[[], AbstractContextManager],
     work: WorkFolder,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], float]:
     """Tunes codebooks, scales, norms and biases of all blocks on KL(full precision || quantized).
 
     The teacher's logits are made from its last hidden states, which quantizing block by block has left: the
@@ -46,6 +46,7 @@ def finetune_end_to_end_(
 
     Returns:
         The mean loss in nats over the first tenth of the steps and over the last: `{"first": ..., "last": ...}`.
+        The seconds that all steps took, those before a kill counted.
     """
     model = runner.model
     device = next(model.parameters()).device
@@ -53,8 +54,9 @@ def finetune_end_to_end_(
     losses: list[float] = []
     with tunable(runner.blocks) as parameters:
         trainer = Trainer(parameters, len(order), peak)
-        first = _resume(work, trainer, losses)
+        first, spent = _resume(work, trainer, losses)
         saved_at = time.monotonic()
+        start = saved_at - spent
         bar = transformers_logging.tqdm(total=len(order), initial=first, desc="end-to-end fine-tuning", unit="step")
         for number in range(first, len(order)):
             index, loss = order[number], None
@@ -68,22 +70,23 @@ def finetune_end_to_end_(
             bar.set_postfix_str(f"KL {_mean(losses[-16:]):.3f}")
             last = number + 1 == len(order)
             if last or distributed.first(lambda since=saved_at: time.monotonic() - since > CHECKPOINT_SECONDS):
-                work.save(_NAME, trainer.state(), {"step": number + 1, "losses": losses})
+                spent = time.monotonic() - start
+                work.save(_NAME, trainer.state(), {"step": number + 1, "losses": losses, "seconds": spent})
                 saved_at = time.monotonic()
         bar.close()
     part = max(1, len(losses) // 10)
-    return {"first": _mean(losses[:part]), "last": _mean(losses[-part:])}
+    return {"first": _mean(losses[:part]), "last": _mean(losses[-part:])}, spent
 
 
-def _resume(work: WorkFolder, trainer: Trainer, losses: list[float]) -> int:
-    """Puts a saved state, if there is one, into `trainer` and `losses`; returns the step to go on with."""
+def _resume(work: WorkFolder, trainer: Trainer, losses: list[float]) -> tuple[int, float]:
+    """Puts a saved state, if there is one, into `trainer` and `losses`; returns the next step and seconds spent."""
     saved = work.load(_NAME)
     if saved is None:
-        return 0
+        return 0, 0.0
     tensors, note = saved
     trainer.load_state(tensors)
     losses.extend(note["losses"])
-    return note["step"]
+    return note["step"], note["seconds"]
 
 
 def _mean(values: list[float]) -> float:

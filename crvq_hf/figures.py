@@ -7,6 +7,7 @@ from typing import Any
 from .breakdown import PARTS, Breakdown
 
 COLORS = dict(zip(PARTS, ("#0072B2", "#56B4E9", "#E69F00", "#009E73", "#CC79A7"), strict=True))
+EMBEDDINGS = "#F0E442"
 DENSE = "#999999"
 WIDTH = 10.0  # inches
 DPI = 140
@@ -95,8 +96,10 @@ def _draw_bits(axes: Any, numbers: Breakdown) -> None:
 
 
 def _bars_of_bytes(numbers: Breakdown) -> list[tuple[str, float, str]]:
-    """Returns name, bytes and color of every bar: the parts of the quantized layers, then what is not quantized."""
+    """Returns name, bytes and color of every bar: the parts of the quantized layers, then what else there is."""
     rows = [(part, nbytes, COLORS[part]) for part, nbytes in numbers.quantized_bytes.items()]
+    if numbers.embedding_bytes:
+        rows.append(("embeddings, 8 bits", numbers.embedding_bytes, EMBEDDINGS))
     large = {name: n for name, n in numbers.dense_bytes.items() if n >= OWN_BAR * numbers.file_bytes}
     rows += [(f"{name}, dense", nbytes, DENSE) for name, nbytes in large.items()]
     return [*rows, ("other dense tensors", sum(numbers.dense_bytes.values()) - sum(large.values()), DENSE)]

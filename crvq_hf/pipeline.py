@@ -60,7 +60,7 @@ class _Run:
         work: the work folder.
         runner: runs the blocks; None without calibration text.
         layers: report lines by layer name.
-        seconds: time by phase.
+        seconds: time by phase, what went on before this run was killed and is kept counted.
     """
 
     model: nn.Module
@@ -201,9 +201,10 @@ def _advance(run: _Run, index: int, full: Tensor | None, quantized: Tensor | Non
         _quantize_block(run, index, quantized, full if full is None else full[: len(quantized)])
         restore_dtypes_(block, dtypes)
         lines = {key: run.layers[f"{run.blocks_name}.{index}.{key}"] for key in run.linears[index]}
-        run.work.save(name, tunable_state(block), lines)
+        run.work.save(name, tunable_state(block), {"layers": lines, "seconds": run.seconds})
     else:
-        tensors, lines = saved
+        tensors, note = saved
+        lines, run.seconds = note["layers"], note["seconds"]
         load_block_(block, run.linears[index], tensors, run.config, run.device)
         restore_dtypes_(block, dtypes)
         run.layers.update({f"{run.blocks_name}.{index}.{key}": line for key, line in lines.items()})
@@ -375,12 +376,11 @@ def _quantize_linear(run: _Run, index: int, name: str, hessian: Tensor) -> None:
 
 def _finetune_end_to_end(run: _Run, tokens: Tensor, hidden: Tensor) -> dict[str, float]:
     """Tunes the whole model on the compute device; returns first and last loss."""
-    start = time.perf_counter()
     home = next(run.model.parameters()).device
     dtypes = dtypes_of(run.model)
     for module in run.model.children():  # the model itself refuses to be cast once it is quantized
         module.to(run.device, torch.float32)
-    losses = finetune_end_to_end_(
+    losses, run.seconds["end-to-end fine-tuning"] = finetune_end_to_end_(
         run.runner,
         steps(tokens),
         steps(hidden),
@@ -392,7 +392,6 @@ def _finetune_end_to_end(run: _Run, tokens: Tensor, hidden: Tensor) -> dict[str,
     )
     restore_dtypes_(run.model, dtypes)
     run.model.to(home)
-    run.timed("end-to-end fine-tuning", start)
     return losses
 
 

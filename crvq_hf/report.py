@@ -177,7 +177,7 @@ def command_line(report: dict[str, Any]) -> str | None:
     if command["gguf_file"]:
         words += ["--gguf-file", command["gguf_file"]]
     for name, value in command["config"].items():
-        if name in FIELDS and value != FIELDS[name].default:
+        if name in FIELDS and name != "format_version" and value != FIELDS[name].default:  # it follows from the others
             values = value if isinstance(value, list) else ["none" if value is None else str(value)]
             words += [word for one in values for word in (f"--{name.replace('_', '-')}", one)]
     return shlex.join(words)
@@ -192,10 +192,14 @@ def facts(info: CheckpointInfo, report: dict[str, Any] | None, numbers: Breakdow
         "codebooks, scales and channel order",
         "quantized": f"{len(layers)} layers, {sum(layer.num_weights for layer in layers):,} weights, "
         f"{quantized:,} bytes",
-        "not quantized": f"{len(info.dense)} tensors (embeddings, norms and so on), {dense:,} bytes, "
-        f"{dense / numbers.file_bytes:.1%} of the checkpoint",
+        "embeddings": f"8 bits, with a scale for each row, {numbers.embedding_bytes:,} bytes, "
+        f"{numbers.embedding_bytes / numbers.file_bytes:.1%} of the checkpoint",
+        "not quantized": f"{len(info.dense)} tensors ({'' if numbers.embedding_bytes else 'embeddings, '}norms and so "
+        f"on), {dense:,} bytes, {dense / numbers.file_bytes:.1%} of the checkpoint",
         "whole checkpoint": f"{numbers.file_bytes:,} bytes ({megabytes(numbers.file_bytes)}) of safetensors",
     }
+    if not numbers.embedding_bytes:
+        del rows["embeddings"]
     evaluation = (report or {}).get("evaluation")
     if evaluation:
         rows["perplexity before"] = f"{evaluation['before']['value']:.2f}"
@@ -204,6 +208,8 @@ def facts(info: CheckpointInfo, report: dict[str, Any] | None, numbers: Breakdow
         rows["perplexity"] = "not measured"
     if report is not None:
         rows["calibration"] = f"{report['calibration_tokens']:,} tokens"
+        if report.get("e2e_tokens"):
+            rows["calibration"] += f", {report['e2e_tokens']:,} for end-to-end fine-tuning"
         rows["time to quantize"] = f"{sum(report['seconds'].values()):,.0f} s"
         rows["peak memory"] = megabytes(report["peak_memory_bytes"])
     return rows

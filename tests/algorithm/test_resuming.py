@@ -37,7 +37,9 @@ def test_two_runs_are_equal_and_a_third_only_reads(quantize, monkeypatch, small_
     third = quantize(make("qwen3_moe"), "one")
     assert equal_state(first, third)
     lines = [model.crvq_report["layers"] for model in (first, third)]
-    assert lines[0] == lines[1] and first.crvq_report["e2e_loss"] == third.crvq_report["e2e_loss"]
+    tuning = [model.crvq_report["seconds"]["end-to-end fine-tuning"] for model in (first, third)]
+    assert lines[0] == lines[1] and tuning[0] == tuning[1]
+    assert first.crvq_report["e2e_loss"] == third.crvq_report["e2e_loss"]
     assert first.crvq_report["bits_per_weight"] == third.crvq_report["bits_per_weight"]
 
 
@@ -98,6 +100,8 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, quantize, monkeypatch
     for key in ("e2e_loss", "bits_per_weight"):
         assert whole.crvq_report[key] == resumed.crvq_report[key]
     assert whole.crvq_report["layers"].keys() == resumed.crvq_report["layers"].keys()
+    seconds = resumed.crvq_report["seconds"]  # also of what this process did not do again
+    assert seconds.keys() == whole.crvq_report["seconds"].keys()
 
 
 def test_an_interrupt_leaves_a_run_that_can_go_on(quantize, monkeypatch, small_steps):

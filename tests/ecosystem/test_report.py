@@ -14,14 +14,14 @@ import pytest
 from made import SETTINGS, save_random
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import save_tiny, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from crvq_hf import CRVQConfig, convert, figures, measure
 from crvq_hf.breakdown import PARTS, break_down, shortest_endings
 from crvq_hf.cli import main
 from crvq_hf.experts import find_fused_experts, unfuse_experts_
-from crvq_hf.report import command_line, draw_report, read_quantized, shareable, write_report
+from crvq_hf.report import command_line, draw_report, facts, read_quantized, shareable, write_report
 
 VOID = {"meta", "img", "br"}
 
@@ -105,6 +105,22 @@ def test_every_stored_bit_is_counted_once(made):
     assert whole == pytest.approx(report["bits_per_weight"])
     for block in range(2):  # both blocks are alike
         assert sum(numbers.block_bits[part][block] for part in PARTS) == pytest.approx(whole)
+
+
+def test_embeddings_in_8_bits_have_their_row_and_bar(tmp_path):
+    dense = save_tiny(tmp_path / "dense")
+    config = CRVQConfig(dataset=str(dense / "text.txt"), embedding_bits=8, **SETTINGS | {"e2e_finetune_epochs": 1})
+    convert.convert(str(dense), tmp_path / "out", config)
+    info, report = read_quantized(tmp_path / "out")
+    numbers = break_down(info, report)
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert sum(nbytes for _, nbytes, _ in figures._bars_of_bytes(numbers)) == sum(t.nbytes for t in tensors.values())
+    rows = facts(info, report, numbers)
+    assert f"{numbers.embedding_bytes:,} bytes" in rows["embeddings"] and "embeddings" not in rows["not quantized"]
+    assert rows["calibration"] == f"32 tokens, {report['e2e_tokens']} for end-to-end fine-tuning"
+    assert command_line(report) == (
+        "crvq quantize dense OUT --nbits-per-codebook 4 --dataset text.txt --nsamples 2 --seqlen 16 --embedding-bits 8"
+    )
 
 
 def test_errors_stand_where_they_belong(made):
