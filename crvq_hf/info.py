@@ -115,7 +115,7 @@ def megabytes(nbytes: int) -> str:
 def _method(config: CRVQConfig) -> str:
     return (
         f"{config.nbits_per_codebook} bits per code of {config.in_group_size} channels, "
-        f"{config.num_extended_codebooks} extended codebooks for {config.critical_ratio:g} of the channels, "
+        f"extended codebooks: {config.num_extended_codebooks} for {config.critical_ratio:g} of the channels, "
         f"{config.codebook_bits}-bit codebook entries, "
         f"importance {config.importance!r}, format version {config.format_version}"
     )

@@ -112,7 +112,7 @@ def test_info_counts_every_byte(quantized, capsys):
     assert f"{whole / 1e6:.3f} MB in {len(list(quantized.iterdir()))} files" in printed
     assert f"{len(tensors) - len(stored)} tensors, {rest / 1e6:.3f} MB" in printed
     assert "model.embed_tokens.weight (1 of [300, 32], F32)" in printed
-    row = r"^model\.layers\.\*\.mlp\.down_proj +32 x 64 +4 of 16 x 8 +8 of 64 +U8 .* 2$"
+    row = r"^model\.layers\.\*\.mlp\.down_proj +32 x 64 +2 of 16 x 8 +8 of 64 +U8 .* 2$"
     assert re.search(row, printed, re.MULTILINE), printed
 
 

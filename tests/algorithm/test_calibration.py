@@ -75,7 +75,7 @@ def test_all_windows_can_be_asked_for(model, tokenizer, file):
         ({"e2e_nsamples": 9}, None, 9),
         ({"e2e_nsamples": 9}, 7, 9),  # asked for, so told when the text is too short
         ({"e2e_nsamples": 3}, None, 5),
-        ({}, None, 20),
+        ({}, None, 30),
         ({}, 7, 7),
         ({}, 3, 5),
     ],

@@ -193,11 +193,11 @@ def test_every_field_has_help(name):
     ("size", "fields", "expected"),
     [
         # (num_codebooks, codebook_size, num_critical_groups, num_virtual_groups)
-        ((4096, 4096), {}, (4, 256, 10, 512 + 3 * 10)),
-        ((64, 4096), {}, (4, 256, 1, 8 + 3)),  # at least one critical group
+        ((4096, 4096), {}, (2, 256, 20, 512 + 20)),
+        ((64, 4096), {"num_extended_codebooks": 3}, (4, 256, 1, 8 + 3)),  # at least one critical group
         ((64, 4096), {"critical_ratio": 0}, (1, 256, 0, 8)),
         ((64, 4096), {"num_extended_codebooks": 0}, (1, 256, 0, 8)),
-        ((32, 16), {"nbits_per_codebook": 12}, (4, 64, 1, 4 + 3)),  # no more entries than groups in the layer
+        ((32, 16), {"nbits_per_codebook": 12}, (2, 64, 1, 4 + 1)),  # no more entries than groups in the layer
         ((64, 64), {"critical_ratio": 0.5, "in_group_size": 4, "num_extended_codebooks": 1}, (2, 256, 8, 16 + 8)),
     ],
 )
