@@ -45,7 +45,7 @@ RESULTS = FOLDER / "results" / "peers.csv"
 FIELDS = ("name", "bits_per_weight", "perplexity", "cpu_seconds", "options", "versions", "commit", "cpu")
 LLAMA_CPP = ("llama-cpp-python", "gguf")
 
-HQQ = [(1, 128), (1, 64), (1, 16), (2, 128), (2, 64), (2, 16), (3, 128), (3, 64), (4, 128), (4, 64)]  # bits, group
+HQQ = [(1, 128), (1, 64), (1, 16), (2, 64), (2, 16), (3, 64), (4, 64)]  # bits and group size
 
 # name of a row: function of peer_methods, its arguments, packages whose versions matter
 PEERS: dict[str, tuple[str, dict, tuple[str, ...]]] = {

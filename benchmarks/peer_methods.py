@@ -180,11 +180,9 @@ def llama_cpp(work: Work, kind: str) -> Result:
     parameters.nthread = 1
     parameters.ftype = getattr(lib, f"LLAMA_FTYPE_MOSTLY_{kind}")
     parameters.token_embedding_type = parameters.output_tensor_type = int(gguf.GGMLQuantizationType.F32)
-    entries, kept = _imatrix(importance)
-    parameters.imatrix = ctypes.cast(entries, type(parameters.imatrix) or ctypes.c_void_p)
+    parameters.imatrix = _imatrix(lib.llama_model_imatrix_data, importance)
     if lib.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(parameters)):
         raise RuntimeError(f"llama.cpp did not quantize to {kind}.")
-    del entries, kept
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
     weights, stored, types = {}, 0, {}
     for name in block_linears(work.dense()):
@@ -271,16 +269,10 @@ def _mean_squares(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
     return sums
 
 
-class _ImatrixEntry(ctypes.Structure):
-    """`struct llama_model_imatrix_data` of llama.cpp."""
-
-    _fields_ = [("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("size", ctypes.c_size_t)]
-
-
-def _imatrix(importance: dict[str, Tensor]) -> tuple[ctypes.Array, list[Tensor]]:
-    """Returns an array of entries, one without a name at its end, and what must live as long as it."""
-    kept = [values.float().contiguous() for values in importance.values()]
-    entries = (_ImatrixEntry * (len(kept) + 1))()
-    for entry, name, values in zip(entries, importance, kept, strict=False):
-        entry.name, entry.data, entry.size = name.encode(), values.data_ptr(), values.numel()
-    return entries, kept
+def _imatrix(entry: type[ctypes.Structure], importance: dict[str, Tensor]) -> ctypes.Array:
+    """Returns an array of llama.cpp's entries, the last one without a name; `importance` must outlive it."""
+    entries = (entry * (len(importance) + 1))()
+    for place, (name, values) in zip(entries, importance.items(), strict=False):
+        place.name, place.size = name.encode(), values.numel()
+        place.data = ctypes.cast(values.data_ptr(), ctypes.POINTER(ctypes.c_float))
+    return entries
