@@ -14,6 +14,7 @@ COLORS = {
     "AutoRound": "#7A5C00",
 }
 SMALL = 8  # font size
+HIGHEST = 30_000  # perplexity at the upper edge; what is worse stands there as an arrow, with its number
 PLACES = [  # where a label may be, in points from its point: the first free place is taken
     (7, 0, "left", "center"),
     (-7, 0, "right", "center"),
@@ -52,24 +53,22 @@ def _draw(peers: list[dict[str, str]], ours: list[dict[str, str]]) -> Any:
 
     figure = Figure(figsize=(10, 6.5), dpi=140, layout="constrained")
     axes = figure.subplots()
-    points = [(_family(row["name"]), _short(row["name"]), *_place(row)) for row in peers]
-    points += [(OURS, f"CRVQ, {row['name']}", *_place(row)) for row in ours]
-    for family, color in COLORS.items():
-        own = sorted((bits, value) for name, _, bits, value in points if name == family)
-        if own:
-            marker, size = ("*", 130) if family == OURS else ("o", 34)
-            axes.scatter(*zip(*own, strict=True), s=size, color=color, marker=marker, zorder=3)
+    points = [_point(_family(row["name"]), _short(row["name"]), row) for row in peers]
+    points += [_point(OURS, f"CRVQ, {row['name']}", row) for row in ours]
+    for family, _, bits, value in points:
+        marker, size = ("*", 130) if family == OURS else ("^" if value == HIGHEST else "o", 34)
+        axes.scatter(bits, value, s=size, color=COLORS[family], marker=marker, zorder=3, clip_on=False)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlim(0.9, max(bits for *_, bits, _ in points) + 0.35)
-    axes.set_ylim(UNQUANTIZED * 0.8, max(value for *_, value in points) * 1.6)
+    axes.set_ylim(UNQUANTIZED * 0.8, HIGHEST)
     axes.axhline(UNQUANTIZED, color="#666666", linewidth=1, linestyle="--")
     axes.text(
         0.92, UNQUANTIZED * 1.02, f"unquantized, {UNQUANTIZED:.2f}", va="bottom", fontsize=SMALL, color="#666666"
     )
     axes.set_xlabel("stored bits per weight of the quantized layers")
     axes.set_ylabel("perplexity on WikiText-2 (log scale)")
-    axes.set_title("SmolLM2-135M: what the same bits buy; lower left is better", loc="left", fontsize=11)
+    axes.set_title("SmolLM2-135M: what the same bits buy; lower left is better", loc="left", fontsize=11, pad=12)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -77,9 +76,17 @@ def _draw(peers: list[dict[str, str]], ours: list[dict[str, str]]) -> Any:
     return figure
 
 
-def _place(row: dict[str, str]) -> tuple[float, float]:
-    """Returns bits and perplexity of a row."""
-    return float(row["bits_per_weight"]), float(row["perplexity"])
+def _point(family: str, name: str, row: dict[str, str]) -> tuple[str, str, float, float]:
+    """Returns family, label, bits and perplexity of a row; if it is off the scale, its label says what it is."""
+    bits, value = float(row["bits_per_weight"]), float(row["perplexity"])
+    if value < HIGHEST:
+        return family, name, bits, value
+    return (
+        family,
+        f"{name}: {value:,.0f}" if value < 1e6 else f"{name}: {value:.1e}".replace("e+0", "e"),
+        bits,
+        HIGHEST,
+    )
 
 
 def _family(name: str) -> str:
