@@ -1,0 +1,136 @@
+"""The picture of `bench_peers.py --plot`: perplexity by stored bits, every point with its name beside it."""
+
+from pathlib import Path
+from typing import Any
+
+UNQUANTIZED = 20.10  # `crvq eval` of the dense model
+OURS = "CRVQ"
+COLORS = {
+    OURS: "#D55E00",
+    "HQQ": "#0072B2",
+    "quanto": "#56B4E9",
+    "llama.cpp": "#009E73",
+    "GPTQ": "#CC79A7",
+    "AutoRound": "#7A5C00",
+}
+SMALL = 8  # font size
+HIGHEST = 30_000  # perplexity at the upper edge; what is worse stands there as an arrow, with its number
+PLACES = [  # where a label may be, in points from its point: the first free place is taken
+    (7, 0, "left", "center"),
+    (-7, 0, "right", "center"),
+    (0, 7, "center", "bottom"),
+    (0, -7, "center", "top"),
+    (6, 8, "left", "bottom"),
+    (-6, 8, "right", "bottom"),
+    (6, -8, "left", "top"),
+    (-6, -8, "right", "top"),
+    (10, 18, "left", "bottom"),
+    (10, -18, "left", "top"),
+    (-10, 18, "right", "bottom"),
+    (-10, -18, "right", "top"),
+]
+
+
+def draw(path: Path, peers: list[dict[str, str]], ours: list[dict[str, str]]) -> None:
+    """Writes the picture as a PNG.
+
+    Args:
+        path: of the picture; its folder is made.
+        peers: rows of results/peers.csv.
+        ours: rows of results/quality.csv.
+    """
+    from matplotlib import style
+
+    with style.context("default"):  # not the user's own
+        figure = _draw(peers, ours)
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path)
+
+
+def _draw(peers: list[dict[str, str]], ours: list[dict[str, str]]) -> Any:
+    from matplotlib.figure import Figure  # not pyplot, which would want a display
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(10, 6.5), dpi=140, layout="constrained")
+    axes = figure.subplots()
+    points = [_point(_family(row["name"]), _short(row["name"]), row) for row in peers]
+    points += [_point(OURS, f"CRVQ, {row['name']}", row) for row in ours]
+    for family, _, bits, value in points:
+        marker, size = ("*", 130) if family == OURS else ("^" if value == HIGHEST else "o", 34)
+        axes.scatter(bits, value, s=size, color=COLORS[family], marker=marker, zorder=3, clip_on=False)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlim(0.9, max(bits for *_, bits, _ in points) + 0.35)
+    axes.set_ylim(UNQUANTIZED * 0.8, HIGHEST)
+    axes.axhline(UNQUANTIZED, color="#666666", linewidth=1, linestyle="--")
+    axes.text(
+        0.92, UNQUANTIZED * 1.02, f"unquantized, {UNQUANTIZED:.2f}", va="bottom", fontsize=SMALL, color="#666666"
+    )
+    axes.set_xlabel("stored bits per weight of the quantized layers")
+    axes.set_ylabel("perplexity on WikiText-2 (log scale)")
+    axes.set_title("SmolLM2-135M: what the same bits buy; lower left is better", loc="left", fontsize=11, pad=12)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    _label(figure, axes, points)
+    return figure
+
+
+def _point(family: str, name: str, row: dict[str, str]) -> tuple[str, str, float, float]:
+    """Returns family, label, bits and perplexity of a row; if it is off the scale, its label says what it is."""
+    bits, value = float(row["bits_per_weight"]), float(row["perplexity"])
+    if value < HIGHEST:
+        return family, name, bits, value
+    return (
+        family,
+        f"{name}: {value:,.0f}" if value < 1e6 else f"{name}: {value:.1e}".replace("e+0", "e"),
+        bits,
+        HIGHEST,
+    )
+
+
+def _family(name: str) -> str:
+    """Returns the key of `COLORS` that a peer's name begins with."""
+    return next(family for family in COLORS if name.startswith(family))
+
+
+def _short(name: str) -> str:
+    """Returns the name of a peer as it stands in the picture: `HQQ 2 bit, groups of 64` is `HQQ 2 bit g64`."""
+    return name.replace(", groups of ", " g")
+
+
+def _label(figure: Any, axes: Any, points: list[tuple[str, str, float, float]]) -> None:
+    """Writes the name of each point where it covers neither a point nor another name; ours first."""
+    figure.draw_without_rendering()
+    taken = []
+    for _, _, bits, value in points:
+        x, y = axes.transData.transform((bits, value))
+        taken.append((x - 6, y - 6, x + 6, y + 6))
+    line = axes.transData.transform((0, UNQUANTIZED))[1]
+    frame = axes.get_window_extent()
+    for family, name, bits, value in sorted(points, key=lambda point: point[0] != OURS):
+        weight = "bold" if family == OURS else "normal"
+        for dx, dy, ha, va in PLACES:
+            text = axes.annotate(
+                name,
+                (bits, value),
+                (dx, dy),
+                textcoords="offset points",
+                ha=ha,
+                va=va,
+                fontsize=SMALL,
+                color=COLORS[family],
+                weight=weight,
+            )
+            box = text.get_window_extent().extents
+            inside = frame.x0 < box[0] and box[2] < frame.x1 and box[1] > line + 2 and box[3] < frame.y1
+            if inside and not any(_overlap(box, other) for other in taken):
+                break
+            if (dx, dy, ha, va) != PLACES[-1]:
+                text.remove()
+        taken.append(tuple(box))
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    """Whether two boxes (left, bottom, right, top) share an area."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
