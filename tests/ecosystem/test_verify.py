@@ -99,7 +99,7 @@ def test_the_hash_knows_dtype_and_shape():
         (lambda t: t.pop(f"{LAYER}.weight_scale"), f"{LAYER}.weight_scale was saved, but is missing"),
         (
             lambda t: t.update({f"{LAYER}.weight_scale": torch.ones(3).half()}),
-            "up_proj.weight is U8 .64, 7., expected U8 .3, 7.",
+            "up_proj.weight is U8 .64, 5., expected U8 .3, 5.",
         ),
     ],
     ids=["number", "extra", "missing", "shape"],

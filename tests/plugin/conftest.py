@@ -66,9 +66,9 @@ def pipeline(monkeypatch):
 
 @pytest.fixture
 def make_weight():
-    """Returns a function (in_features, out_features, **config fields) -> random QuantizedWeight."""
+    """Returns a function (in_features, out_features, **config fields) -> random QuantizedWeight, 4 codebooks."""
     return lambda in_features, out_features, **fields: random_weight(
-        CRVQConfig(**fields).layer_shape(in_features, out_features)
+        CRVQConfig(**{"num_extended_codebooks": 3} | fields).layer_shape(in_features, out_features)
     )
 
 

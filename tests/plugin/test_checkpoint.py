@@ -68,7 +68,7 @@ def test_check_layer(folder):
     headers = read_headers(folder / "one")
     name = "model.decoder.layers.0.fc1"
     check_layer(headers, name, CRVQConfig(), 32, 64, bias=True)
-    with pytest.raises(ValueError, match=rf"{name}.weight is U8 \[64, 7\], expected U8 \[65, 7\]"):
+    with pytest.raises(ValueError, match=rf"{name}.weight is U8 \[64, 5\], expected U8 \[65, 5\]"):
         check_layer(headers, name, CRVQConfig(), 32, 65, bias=True)
     save_file({f"{name}.bias": torch.ones(3)}, folder / "bias.safetensors")
     with pytest.raises(ValueError, match=rf"{name}.bias is \[3\], expected \[64\]"):

@@ -89,15 +89,15 @@ def test_missing_shard(folder):
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"nbits_per_codebook": 7}, "U8 [32, 10]"),
-        ({"in_group_size": 4}, "U8 [32, 19]"),
-        ({"num_extended_codebooks": 1}, "U8 [32, 9]"),
-        ({"critical_ratio": 0.5}, "U8 [32, 20]"),
+        ({"nbits_per_codebook": 7}, "U8 [32, 8]"),
+        ({"in_group_size": 4}, "U8 [32, 17]"),
+        ({"num_extended_codebooks": 3}, "U8 [32, 11]"),
+        ({"critical_ratio": 0.5}, "U8 [32, 12]"),
     ],
 )
 def test_config_that_contradicts_the_shapes(folder, fields, expected):
     change_config(folder, **fields)
-    assert_refused(folder, "contradict", f"mlp.down_proj.weight is U8 [32, 11], expected {expected}")
+    assert_refused(folder, "contradict", f"mlp.down_proj.weight is U8 [32, 9], expected {expected}")
 
 
 def test_shape_of_one_tensor_contradicts_the_config(folder):
@@ -114,7 +114,7 @@ def test_model_config_that_contradicts_the_shapes(folder):
     config = json.loads((folder / "config.json").read_text())
     config["intermediate_size"] = 128
     (folder / "config.json").write_text(json.dumps(config))
-    assert_refused(folder, "contradict", "mlp.down_proj.weight is U8 [32, 11], expected U8 [32, 19]")
+    assert_refused(folder, "contradict", "mlp.down_proj.weight is U8 [32, 9], expected U8 [32, 17]")
 
 
 def test_unknown_format_version(folder):

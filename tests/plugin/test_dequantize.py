@@ -49,7 +49,7 @@ def test_dequantize_in_memory(saved, tokens, tmp_path, load_first):
         model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dequantize() is model
     assert_dense(model)
-    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=1e-3, atol=3e-4)
     assert_saves_as_dense(model, tokens, tmp_path / "dense")
 
 
@@ -57,7 +57,7 @@ def test_dequantize_while_loading(saved, tokens, tmp_path):
     model, folder = saved
     dense = AutoModelForCausalLM.from_pretrained(folder, quantization_config=CRVQConfig(dequantize=True))
     assert_dense(dense)
-    torch.testing.assert_close(logits(dense, tokens), logits(model, tokens), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(dense, tokens), logits(model, tokens), rtol=1e-3, atol=3e-4)
     assert_saves_as_dense(dense, tokens, tmp_path / "dense")
 
 
