@@ -10,6 +10,7 @@ interface.
 """
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -204,7 +205,10 @@ def serve(user: User) -> None:
     with server(user) as url:
         output = user.run("python", "chat.py", url, NAME, PROMPT, shows=("^plain ", "^streamed ", "^pieces [1-9]"))
     plain, streamed = value_of(output, "plain"), value_of(output, "streamed")
-    expect(plain == streamed == user.written, "Plain, streamed and the pipeline's answer differ.")
+    expect(plain == user.written, "The plain answer and the pipeline's differ.")
+    # Of a character whose bytes are not all there at the end (random models write such) nothing is streamed.
+    said, heard = (ast.literal_eval(answer[0]).rstrip("\ufffd") for answer in (plain, streamed))
+    expect(said == heard, "The plain and the streamed answer differ.")
     expect(int(value_of(output, "pieces")[0]) > 1, "The stream came in one piece.")
 
 
