@@ -67,13 +67,13 @@ def measure(study: str, value: Any, model: str, text: str, texts: dict[str, str 
     if chosen["dataset"] is None:
         print("no --other-text: calibration on another domain is not measured", file=sys.stderr)
         return
-    known = read()
-    same = {**PAPER, study: value}
-    for row in known:  # the paper's own setting is a point of every study
-        if row["options"] == " ".join(options) and {**PAPER, row["study"]: _typed(row)} == same:
-            if row["study"] != study:
-                bench_quality.append(RESULTS, row | {"study": study, "value": value})
-            return
+    # The paper's own setting is a point of every study, measured once.
+    known = [row for row in read() if row["options"] == " ".join(options)]
+    same = [row for row in known if PAPER | {row["study"]: _typed(row)} == PAPER | {study: value}]
+    if same:
+        if all(row["study"] != study for row in same):
+            bench_quality.append(RESULTS, same[0] | {"study": study, "value": value})
+        return
     flags = [part for name, setting in chosen.items() for part in (f"--{name}", str(setting))]
     with tempfile.TemporaryDirectory() as folder:
         result = bench_quality.quantize_and_evaluate(model, f"{folder}/quantized", text, [*flags, *options])
@@ -116,6 +116,7 @@ def draw(rows: list[dict[str, str]]) -> None:
         for row, y in zip(points, perplexities, strict=True):
             label = f"{float(row['bits_per_weight']):.2f}"
             axes.annotate(label, (row["value"], y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
+        axes.tick_params(axis="x", labelsize=7)
         axes.set(yscale="log", title=study.replace("-", "_"), ylabel="perplexity (bits at the points)")
         axes.margins(x=0.15, y=0.2)
         together.plot([float(row["bits_per_weight"]) for row in points], perplexities, ".", label=study)

@@ -61,7 +61,7 @@ def _draw(peers: list[dict[str, str]], ours: list[dict[str, str]]) -> Any:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlim(0.9, max(bits for *_, bits, _ in points) + 0.35)
-    axes.set_ylim(UNQUANTIZED * 0.8, HIGHEST)
+    axes.set_ylim(UNQUANTIZED * 0.6, HIGHEST)
     axes.axhline(UNQUANTIZED, color="#666666", linewidth=1, linestyle="--")
     axes.text(
         0.92, UNQUANTIZED * 1.02, f"unquantized, {UNQUANTIZED:.2f}", va="bottom", fontsize=SMALL, color="#666666"
