@@ -29,7 +29,6 @@ import csv
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -38,11 +37,10 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from bench_quality import SEQLEN, WINDOWS, commit, cpu_name
+from bench_quality import SEQLEN, WINDOWS, append, commit, cpu_name, cpu_seconds
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results" / "peers.csv"
-FIELDS = ("name", "bits_per_weight", "perplexity", "cpu_seconds", "options", "versions", "commit", "cpu")
 LLAMA_CPP = ("llama-cpp-python", "gguf")
 
 HQQ = [(1, 128), (1, 64), (1, 16), (2, 64), (2, 16), (3, 64), (4, 64)]  # bits and group size
@@ -128,7 +126,7 @@ def measure(name: str, model_folder: str, calibration: str, text: str, work: Pat
     shared = peer_methods.Work(model_folder, calibration, work)
     function: Callable = getattr(peer_methods, method)
     result = function(shared, **arguments)
-    seconds = time.process_time() + children_seconds() + result.earlier_seconds
+    seconds = time.process_time() + cpu_seconds() + result.earlier_seconds
     model = shared.dense()
     layers = peer_methods.block_linears(model)
     assert layers.keys() == result.weights.keys(), "a method must return every layer and no other"
@@ -146,19 +144,8 @@ def measure(name: str, model_folder: str, calibration: str, text: str, work: Pat
         "commit": commit(),
         "cpu": cpu_name() or platform.processor(),
     }
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append(RESULTS, row)
     print(json.dumps(row))
-
-
-def children_seconds() -> float:
-    """Returns the CPU seconds of processes this one has started and waited for."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":
