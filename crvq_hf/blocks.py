@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -75,14 +77,17 @@ def _equal(one: Any, other: Any) -> bool:
 
 @contextmanager
 def _replaced_forwards(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
-    """Runs the model with `forwards` in place of its blocks' own."""
+    """Runs the model with `forwards` in place of those its blocks have."""
+    replaced = [block.__dict__.get("forward") for block in blocks]
     try:
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, replaced, strict=True):
             block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
 
 
 class BlockRunner:
@@ -158,6 +163,13 @@ class BlockRunner:
             self.embed(torch.zeros(shape, dtype=torch.int64))
         args, kwargs = to_device(self._arguments[shape][index], device)
         return hidden_of(self.blocks[index](hidden.to(device), *args, **kwargs))
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """While inside, autograd keeps the inputs of blocks only, and each is run again when its gradient is due."""
+        forwards = [partial(checkpoint, block.forward, use_reentrant=False) for block in self.blocks]
+        with _replaced_forwards(self.blocks, forwards):
+            yield
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

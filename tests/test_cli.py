@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import TEXT, save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from crvq_hf import CRVQConfig, cli, convert, doctor, evaluate, info, pipeline
+from crvq_hf import CRVQConfig, cli, convert, doctor, evaluate, info, quantize_block
 from crvq_hf.cli import main
 from crvq_hf.config import FIELDS
 from crvq_hf.quantized_weight import TENSOR_NAMES
@@ -49,7 +49,7 @@ def no_work(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a layer is quantized")
 
-    monkeypatch.setattr(pipeline, "fit_weight", refuse)
+    monkeypatch.setattr(quantize_block, "fit_weight", refuse)
 
 
 def command(dense, out, *options) -> list[str]:
@@ -369,7 +369,7 @@ def test_a_save_that_fails_leaves_the_work_and_no_half_result(dense, tmp_path, m
     assert siblings(out) == ["out.work"]
 
     with monkeypatch.context() as context:  # the same command again has nothing left to quantize
-        context.setattr(pipeline, "fit_weight", None)
+        context.setattr(quantize_block, "fit_weight", None)
         assert main(command(dense, out)) == 0
     assert siblings(out) == ["out"]
     AutoModelForCausalLM.from_pretrained(out)
@@ -399,7 +399,7 @@ def test_a_folder_that_is_no_work_folder_is_not_touched(dense, tmp_path, no_work
 
 
 def test_an_interrupted_run_keeps_its_work_and_continues(dense, tmp_path, monkeypatch, capsys):
-    out, fitted, fit_weight = tmp_path / "out", [], pipeline.fit_weight
+    out, fitted, fit_weight = tmp_path / "out", [], quantize_block.fit_weight
 
     def stop_at_the_last_layer(*args, **kwargs):
         if len(fitted) == 13:
@@ -408,11 +408,13 @@ def test_an_interrupted_run_keeps_its_work_and_continues(dense, tmp_path, monkey
         return fit_weight(*args, **kwargs)
 
     with monkeypatch.context() as context:
-        context.setattr(pipeline, "fit_weight", stop_at_the_last_layer)
+        context.setattr(quantize_block, "fit_weight", stop_at_the_last_layer)
         assert main(command(dense, out)) == 130
     assert siblings(out) == ["out.work"]
     with monkeypatch.context() as context:
-        context.setattr(pipeline, "fit_weight", lambda *a, **options: fitted.append(1) or fit_weight(*a, **options))
+        context.setattr(
+            quantize_block, "fit_weight", lambda *a, **options: fitted.append(1) or fit_weight(*a, **options)
+        )
         assert main(command(dense, out)) == 0
     assert len(fitted) == 13 + 7  # the layers of the first block once, those of the second again
     assert siblings(out) == ["out"]

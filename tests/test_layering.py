@@ -48,6 +48,8 @@ ORDER = {
         "streams",
         "fingerprint",
         "end_to_end",
+        "run",
+        "quantize_block",
         "pipeline",
         "info",
         "breakdown",

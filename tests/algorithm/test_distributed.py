@@ -15,7 +15,7 @@ import torch
 from tiny import save_tiny
 from whole_models import FIELDS, make, use_small_steps
 
-from crvq_hf import CRVQConfig, distributed, end_to_end, pipeline, quantize_model, streams
+from crvq_hf import CRVQConfig, distributed, end_to_end, pipeline, quantize_block, quantize_model, streams
 from crvq_hf.workfolder import WorkFolder
 
 HERE = Path(__file__).parent
@@ -85,7 +85,7 @@ def test_one_process_is_not_touched(monkeypatch):
 
 def check_quantized(folder: Path, architecture: str) -> None:
     """Also checks that each process fits some layers, and only the first writes."""
-    fit_weight, write, counts = pipeline.fit_weight, WorkFolder._write, [0, 0]
+    fit_weight, write, counts = quantize_block.fit_weight, WorkFolder._write, [0, 0]
 
     def counted_fit(weight, hessian, **fields):
         counts[0] += 1
@@ -95,7 +95,7 @@ def check_quantized(folder: Path, architecture: str) -> None:
         counts[1] += 1
         return write(*args)
 
-    pipeline.fit_weight, WorkFolder._write = counted_fit, counted_write
+    quantize_block.fit_weight, WorkFolder._write = counted_fit, counted_write
     quantized(folder, architecture, "work")
     fits, (writes, *nothing) = zip(*distributed.gather(counts), strict=True)
     assert min(fits) >= 2 and writes > 4 and not any(nothing), (fits, writes, nothing)
@@ -124,7 +124,7 @@ def resumed(folder: Path) -> None:
 
 
 def failing(folder: Path, ranks: list[int]) -> None:
-    fit_weight, left = pipeline.fit_weight, [3]
+    fit_weight, left = quantize_block.fit_weight, [3]
 
     def failing_fit(*args, **fields):
         left[0] -= 1
@@ -133,7 +133,7 @@ def failing(folder: Path, ranks: list[int]) -> None:
         return fit_weight(*args, **fields)
 
     if distributed.rank() in ranks:
-        pipeline.fit_weight = failing_fit
+        quantize_block.fit_weight = failing_fit
     quantized(folder, "llama", "work")
 
 
@@ -292,13 +292,13 @@ def test_a_failure_is_that_of_all(name, ranks, ran):
 
 PROGRAM = """
 import os, sys
-from crvq_hf import cli, pipeline
-fit_weight = pipeline.fit_weight
+from crvq_hf import cli, quantize_block
+fit_weight = quantize_block.fit_weight
 def fit(*args, **fields):
     if os.environ["RANK"] == os.environ.get("FAILING"):
         raise ValueError("no luck")
     return fit_weight(*args, **fields)
-pipeline.fit_weight = fit
+quantize_block.fit_weight = fit
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from whole_models import ARCHITECTURES, FIELDS, OFF, equal_state, logits_of, make, quantized_layers, tokens_for
 
-from crvq_hf import CRVQConfig, CRVQLinear, pipeline
+from crvq_hf import CRVQConfig, CRVQLinear, pipeline, quantize_block
 from crvq_hf.blocks import BlockRunner, find_blocks, linear_stages
 from crvq_hf.calibration import calibration_tokens
 from crvq_hf.experts import unfuse_experts_
@@ -171,8 +171,8 @@ def test_settings(fields, quantize):
 
 
 def test_without_calibration_only_weights_count(quantize, monkeypatch):
-    seen, fit_weight = [], pipeline.fit_weight
-    monkeypatch.setattr(pipeline, "fit_weight", lambda w, h, **more: seen.append(h) or fit_weight(w, h, **more))
+    seen, fit_weight = [], quantize_block.fit_weight
+    monkeypatch.setattr(quantize_block, "fit_weight", lambda w, h, **more: seen.append(h) or fit_weight(w, h, **more))
     model, original = quantize(make("llama"), dataset=None), make("llama")
     assert len(seen) == 14 and all(torch.equal(hessian, torch.eye(len(hessian))) for hessian in seen)
     report = model.crvq_report
@@ -232,7 +232,7 @@ def test_every_layer_is_calibrated_on_what_the_quantized_ones_before_it_leave(
     architecture, quantize, monkeypatch, small_steps
 ):
     hessians, tuned, lines, still_dense = {}, [], [], []
-    quantize_linear, calibration = pipeline._quantize_linear, pipeline.calibration_tokens
+    quantize_linear, calibration = quantize_block._quantize_linear, pipeline.calibration_tokens
     tokens = []
     monkeypatch.setattr(pipeline, "calibration_tokens", lambda *args: tokens.append(calibration(*args)) or tokens[0])
 
@@ -250,8 +250,8 @@ def test_every_layer_is_calibrated_on_what_the_quantized_ones_before_it_leave(
         lines.append([torch.cat(tuple(batches)), torch.cat(tuple(hidden)).clone()])
         return {"first": 0.0, "last": 0.0}
 
-    monkeypatch.setattr(pipeline, "_quantize_linear", spy)
-    monkeypatch.setattr(pipeline, "finetune_block_", no_tuning)
+    monkeypatch.setattr(quantize_block, "_quantize_linear", spy)
+    monkeypatch.setattr(quantize_block, "finetune_block_", no_tuning)
     monkeypatch.setattr(pipeline, "finetune_end_to_end_", no_tuning_end_to_end)
     model = quantize(make(architecture))
     assert tokens[0].shape == (10, 16)
@@ -291,8 +291,8 @@ def test_every_layer_is_calibrated_on_what_the_quantized_ones_before_it_leave(
 
 
 def test_layers_that_share_an_input_share_a_hessian(quantize, monkeypatch):
-    seen, fit_weight = [], pipeline.fit_weight
-    monkeypatch.setattr(pipeline, "fit_weight", lambda w, h, **more: seen.append(h) or fit_weight(w, h, **more))
+    seen, fit_weight = [], quantize_block.fit_weight
+    monkeypatch.setattr(quantize_block, "fit_weight", lambda w, h, **more: seen.append(h) or fit_weight(w, h, **more))
     quantize(make("llama", num_hidden_layers=1), **OFF)
     assert len(seen) == 7 and len({h.data_ptr() for h in seen}) == 4
     assert seen[0] is seen[1] is seen[2] and seen[4] is seen[5]  # q, k, v; o; gate, up; down

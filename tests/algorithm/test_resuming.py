@@ -13,8 +13,9 @@ import torch
 from tiny import TEXT, tiny_model, tiny_tokenizer
 from whole_models import FIELDS, OFF, equal_state, make, quantized_layers, use_small_steps
 
-from crvq_hf import CRVQConfig, end_to_end, pipeline, quantize_model
+from crvq_hf import CRVQConfig, end_to_end, pipeline, quantize_block, quantize_model
 from crvq_hf.fingerprint import run_fingerprint
+from crvq_hf.run import Run
 from crvq_hf.workfolder import WorkFolder
 
 
@@ -31,7 +32,9 @@ def test_two_runs_are_equal_and_a_third_only_reads(quantize, monkeypatch, small_
     def never(*args, **fields):
         raise AssertionError("computed again")
 
-    for name in ("fit_weight", "finetune_block_", "calibration_tokens", "has_fast_bfloat16"):
+    for name in ("fit_weight", "finetune_block_"):
+        monkeypatch.setattr(quantize_block, name, never)
+    for name in ("calibration_tokens", "has_fast_bfloat16"):
         monkeypatch.setattr(pipeline, name, never)
     monkeypatch.setattr(end_to_end, "distillation_loss", never)
     third = quantize(make("qwen3_moe"), "one")
@@ -51,7 +54,7 @@ def run_until_killed(work: str, name: str, count: int, calls: str) -> None:
     use_small_steps(setattr)
     end_to_end.CHECKPOINT_SECONDS = -1.0
     pipeline.has_fast_bfloat16 = lambda device_type: False
-    save, fit_weight, left = WorkFolder.save, pipeline.fit_weight, [count]
+    save, fit_weight, left = WorkFolder.save, quantize_block.fit_weight, [count]
 
     def save_and_die(self, saved, *args):
         save(self, saved, *args)
@@ -64,7 +67,7 @@ def run_until_killed(work: str, name: str, count: int, calls: str) -> None:
             file.write("fit\n")
         return fit_weight(*args, **fields)
 
-    WorkFolder.save, pipeline.fit_weight = save_and_die, note
+    WorkFolder.save, quantize_block.fit_weight = save_and_die, note
     quantize_model(killed_model(), None, CRVQConfig(**FIELDS, work_dir=work))
 
 
@@ -90,9 +93,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, quantize, monkeypatch
     monkeypatch.setattr(end_to_end, "distillation_loss", lambda *args: steps.append(1) or loss(*args))
     whole = quantize(killed_model(), "whole")
     assert len(steps) == 5  # an epoch of five batches
-    monkeypatch.setattr(pipeline, "fit_weight", None)
-    run_block, ran = pipeline._Run.run_block, []
-    monkeypatch.setattr(pipeline._Run, "run_block", lambda *args: ran.append(args[1]) or run_block(*args))
+    monkeypatch.setattr(quantize_block, "fit_weight", None)
+    run_block, ran = Run.run_block, []
+    monkeypatch.setattr(Run, "run_block", lambda *args: ran.append(args[1]) or run_block(*args))
     resumed = quantize(killed_model(), "killed")
     assert len(steps) == 5 + 3
     assert ran == [0] * 3 + [1] * 3 + [2] * 3  # only the full-precision model, for the targets
@@ -107,7 +110,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, quantize, monkeypatch
 def test_an_interrupt_leaves_a_run_that_can_go_on(quantize, monkeypatch, small_steps):
     """Also within a block: what had not been saved is computed again."""
     whole = quantize(make("gpt2"), "whole")
-    fit_weight, left = pipeline.fit_weight, [6]
+    fit_weight, left = quantize_block.fit_weight, [6]
 
     def interrupted(*args, **fields):
         left[0] -= 1
@@ -115,11 +118,11 @@ def test_an_interrupt_leaves_a_run_that_can_go_on(quantize, monkeypatch, small_s
             raise KeyboardInterrupt
         return fit_weight(*args, **fields)
 
-    monkeypatch.setattr(pipeline, "fit_weight", interrupted)
+    monkeypatch.setattr(quantize_block, "fit_weight", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quantize(make("gpt2"), "stopped")
     assert left == [0]
-    monkeypatch.setattr(pipeline, "fit_weight", fit_weight)
+    monkeypatch.setattr(quantize_block, "fit_weight", fit_weight)
     assert equal_state(whole, quantize(make("gpt2"), "stopped"))
 
 

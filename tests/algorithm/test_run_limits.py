@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import TEXT, tiny_model, tiny_tokenizer
+from torch.autograd.graph import saved_tensors_hooks
 from whole_models import (
     OFF,
     equal_state,
@@ -13,9 +14,10 @@ from whole_models import (
     quantized_layers,
 )
 
-from crvq_hf import CRVQConfig, pipeline, streams
+from crvq_hf import CRVQConfig, device, end_to_end, streams
 from crvq_hf.blocks import BlockRunner, find_blocks
 from crvq_hf.fingerprint import run_fingerprint
+from crvq_hf.run import Run
 from crvq_hf.workfolder import WorkFolder
 
 # Errors
@@ -68,7 +70,7 @@ def test_activations_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(("available", "fits"), [(1 << 40, True), (1 << 10, False)], ids=["enough", "too little"])
 def test_memory_for_the_activations(available, fits, quantize, monkeypatch):
     """What counts is available memory: file cache is given back, and is nearly all after loading a large model."""
-    monkeypatch.setattr(streams.psutil, "virtual_memory", lambda: SimpleNamespace(free=0, available=available))
+    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: SimpleNamespace(free=0, available=available))
     if fits:
         quantize(make("llama", num_hidden_layers=1), **OFF)
         return
@@ -90,11 +92,45 @@ def test_hidden_states_that_do_not_fit_in_memory_are_on_the_disk(quantize, monke
     assert not list((tmp_path / "disk").glob("scratch*"))
 
 
+def test_blocks_that_do_not_fit_in_memory_are_computed_twice(quantize, monkeypatch, small_steps):
+    """The end-to-end tuning of a large model: the same result, bit for bit, from less memory."""
+
+    def kept(run) -> int:
+        sizes: dict[int, int] = {}
+        hooks = saved_tensors_hooks(
+            lambda t: sizes.update({t.data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+        )
+        with hooks:
+            loss = run()
+        loss.backward()
+        return sum(sizes.values())
+
+    model, tokens = make("llama", num_hidden_layers=4), torch.arange(64)[None]
+    runner = BlockRunner(model)
+    plain = kept(lambda: model(tokens).logits.sum())
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with runner.recomputing():
+        runner.logits(runner.embed(tokens))  # replaces the blocks for a moment, and puts back what it has found
+        assert kept(lambda: model(tokens).logits.sum()) < 0.3 * plain
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert all("forward" not in block.__dict__ for block in runner.blocks)
+
+    chosen, recomputing = [], BlockRunner.recomputing
+    monkeypatch.setattr(BlockRunner, "recomputing", lambda self: chosen.append(1) or recomputing(self))
+    once = quantize(make("llama"), "once", **OFF | {"e2e_finetune_epochs": 1})
+    assert not chosen
+    monkeypatch.setattr(end_to_end, "MEMORY_SHARE", 0.0)
+    twice = quantize(make("llama"), "twice", **OFF | {"e2e_finetune_epochs": 1})
+    assert chosen and equal_state(once, twice)
+    assert once.crvq_report["e2e_loss"] == twice.crvq_report["e2e_loss"]
+
+
 @pytest.mark.parametrize("num_blocks", [1, 4])
 def test_activations_are_held_twice_whatever_the_number_of_blocks(num_blocks, quantize, monkeypatch):
     nsamples, seqlen = 96, 32
     stream = nsamples * seqlen * 32 * 4
-    run_block, calls, held = pipeline._Run.run_block, [], []
+    run_block, calls, held = Run.run_block, [], []
 
     def count(run, index, hidden):
         calls.append(index)
@@ -108,7 +144,7 @@ def test_activations_are_held_twice_whatever_the_number_of_blocks(num_blocks, qu
             held.append(len(storages))
         return run_block(run, index, hidden)
 
-    monkeypatch.setattr(pipeline._Run, "run_block", count)
+    monkeypatch.setattr(Run, "run_block", count)
     monkeypatch.setattr(streams, "RUN_TOKENS", 1024)
     model = quantize(
         tiny_model(num_hidden_layers=num_blocks),
