@@ -53,15 +53,20 @@ def quantize_and_evaluate(model: str, out: str, text: str, options: list[str]) -
     before = cpu_seconds()
     run("quantize", model, out, *options)
     seconds = cpu_seconds() - before
-    measured = run("eval", out, "--text", text, "--seqlen", str(SEQLEN), "--windows", str(WINDOWS), "--json")
     report = json.loads((Path(out) / "report.json").read_text())
     return {
-        "perplexity": round(json.loads(measured.splitlines()[-1])["value"], 2),
+        "perplexity": perplexity(out, text),
         "bits_per_weight": round(report["bits_per_weight"], 4),
         "cpu_seconds": round(seconds),
         "peak_memory_mb": round(report["peak_memory_bytes"] / 1e6),
         "activation_mb": round(report["activation_bytes"] / 1e6),
     }
+
+
+def perplexity(model: str, text: str) -> float:
+    """Returns the perplexity of a model on the first windows of a text."""
+    measured = run("eval", model, "--text", text, "--seqlen", str(SEQLEN), "--windows", str(WINDOWS), "--json")
+    return round(json.loads(measured.splitlines()[-1])["value"], 2)
 
 
 def cpu_seconds() -> float:

@@ -5,8 +5,8 @@
     python benchmarks/bench_studies.py --plot
 
 MODEL is the folder of a dense model; options it does not know go to each `crvq quantize`. Rows go to
-results/studies.csv; those that are there are not measured again. Also studied: what text to calibrate on, with
-`--other-text FILE` of another domain.
+results/studies.csv; those that are there are not measured again. Also studied: what text to calibrate on, evaluated on
+two domains, for which `--other-calibration` and `--other-text` name texts of the second.
 """
 
 import argparse
@@ -37,7 +37,7 @@ STUDIES: dict[str, list[Any]] = {
     "importance": ["random", "weight", "weight_activation"],
     "dataset": ["same domain", "other domain", "self", "none"],
 }
-COLUMNS = ("study", "value", "perplexity", "bits_per_weight", "cpu_seconds", "options", "commit", "cpu")
+MEASURED = ("perplexity", "bits_per_weight", "cpu_seconds")
 
 
 def main() -> None:
@@ -46,38 +46,43 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="folder of a dense model")
     parser.add_argument("--calibration", help="text file of the domain that is evaluated on")
     parser.add_argument("--text", help="text file, evaluation only")
-    parser.add_argument("--other-text", help="text file of another domain, for the study of `dataset`")
+    parser.add_argument("--other-calibration", help="text file of another domain, for the study of `dataset`")
+    parser.add_argument("--other-text", help="text file of that domain, evaluation only")
     parser.add_argument("--study", choices=STUDIES, action="append", help="only this one; may be repeated")
     parser.add_argument("--plot", action="store_true", help="only draw what is measured")
     args, options = parser.parse_known_args()
     if not args.plot:
         if not (args.model and args.calibration and args.text):
             parser.error("MODEL, --calibration and --text are needed to measure; --plot draws what is measured")
-        texts = {"same domain": args.calibration, "other domain": args.other_text, "self": "self", "none": "none"}
-        for study in args.study or STUDIES:
+        studies = args.study or STUDIES
+        if "dataset" in studies and not (args.other_calibration and args.other_text):
+            parser.error("the study of dataset needs --other-calibration and --other-text; choose others with --study")
+        texts = {"same domain": args.calibration, "other domain": args.other_calibration}
+        for study in studies:
             for value in STUDIES[study]:
-                measure(study, value, args.model, args.text, texts, options)
+                measure(study, value, args.model, args.text, args.other_text, texts, options)
     draw(read())
 
 
-def measure(study: str, value: Any, model: str, text: str, texts: dict[str, str | None], options: list[str]) -> None:
+def measure(
+    study: str, value: Any, model: str, text: str, other_text: str, texts: dict[str, str], options: list[str]
+) -> None:
     """Quantizes with one option changed, unless that has been measured, and appends the row."""
-    chosen = PAPER | {study: value}
-    chosen["dataset"] = texts[chosen["dataset"]]
-    if chosen["dataset"] is None:
-        print("no --other-text: calibration on another domain is not measured", file=sys.stderr)
-        return
-    # The paper's own setting is a point of every study, measured once.
+    # The paper's own setting is a point of every study, measured once; on two texts where the text is studied.
     known = [row for row in read() if row["options"] == " ".join(options)]
+    known = [row for row in known if study != "dataset" or row["other_perplexity"]]
     same = [row for row in known if PAPER | {row["study"]: _typed(row)} == PAPER | {study: value}]
     if same:
         if all(row["study"] != study for row in same):
             bench_quality.append(RESULTS, same[0] | {"study": study, "value": value})
         return
+    chosen = PAPER | {study: value}
+    chosen["dataset"] = texts.get(chosen["dataset"], chosen["dataset"])
     flags = [part for name, setting in chosen.items() for part in (f"--{name}", str(setting))]
     with tempfile.TemporaryDirectory() as folder:
         result = bench_quality.quantize_and_evaluate(model, f"{folder}/quantized", text, [*flags, *options])
-    row = {"study": study, "value": value} | {name: result[name] for name in COLUMNS[2:5]}
+        other = bench_quality.perplexity(f"{folder}/quantized", other_text) if study == "dataset" else ""
+    row = {"study": study, "value": value} | {name: result[name] for name in MEASURED} | {"other_perplexity": other}
     row |= {"options": " ".join(options), "commit": bench_quality.commit(), "cpu": bench_quality.cpu_name()}
     bench_quality.append(RESULTS, row)
     print(row, flush=True)
@@ -112,7 +117,12 @@ def draw(rows: list[dict[str, str]]) -> None:
     for axes, study in zip(panels, studies, strict=False):
         points = sorted((row for row in rows if row["study"] == study), key=lambda r: STUDIES[study].index(_typed(r)))
         values, perplexities = [row["value"] for row in points], [float(row["perplexity"]) for row in points]
-        axes.plot(values, perplexities, "o-" if study not in ("importance", "dataset") else "o", color="#0072B2")
+        ordered = study not in ("importance", "dataset")
+        axes.plot(values, perplexities, "o-" if ordered else "o", color="#0072B2", label="domain 1")
+        if study == "dataset":
+            others = [float(row["other_perplexity"]) for row in points]
+            axes.plot(values, others, "s", color="#D55E00", label="domain 2")
+            axes.legend(title="evaluated on", fontsize=7, title_fontsize=7)
         for row, y in zip(points, perplexities, strict=True):
             label = f"{float(row['bits_per_weight']):.2f}"
             axes.annotate(label, (row["value"], y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
