@@ -27,9 +27,9 @@ FORMAT_VERSIONS = (1, 2, 3)  # that can be read; a checkpoint is written in the 
 
 # What a preset sets, instead of the defaults; README.md has what each costs and gives.
 PRESETS: dict[str, dict[str, int]] = {
-    "fast": {"nsamples": 16, "e2e_finetune_epochs": 0},
+    "fast": {"nsamples": 32, "e2e_finetune_epochs": 0},
     "default": {},
-    "best": {"nsamples": 96, "e2e_finetune_epochs": 2},
+    "best": {"nsamples": 192, "e2e_finetune_epochs": 2},
 }
 # What a budget of `bits` decides.
 BUDGETED = ("nbits_per_codebook", "num_extended_codebooks", "critical_ratio")
@@ -192,8 +192,8 @@ class CRVQConfig(QuantizationConfigMixin):
         "calibration text: 'self' (written by the model), 'wikitext2', 'c4', a path, a list of texts, or None",
         _dataset,
     )
-    nsamples: int = _option(32, "calibration sequences for fitting and tuning block by block", _integer(1))
-    seqlen: int = _option(512, "tokens per calibration sequence", _integer(1))
+    nsamples: int = _option(64, "calibration sequences for fitting and tuning block by block", _integer(1))
+    seqlen: int = _option(256, "tokens per calibration sequence", _integer(1))
     seed: int = _option(0, "seed of everything random", _integer(0))
     embedding_bits: int = _option(
         16, "8 stores embeddings and lm_head as int8 with a scale per row, 16 leaves them as they are", _one_of(16, 8)

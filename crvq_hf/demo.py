@@ -31,7 +31,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_TIMEOUT = 5.0  # seconds to find out whether there is a hub
 # How much of everything: small, so that the demo ends within minutes on two CPU cores.
-SETTINGS = {"nsamples": 12, "seqlen": 512, "e2e_nsamples": 64, "block_finetune_epochs": 1, "e2e_finetune_epochs": 1}
+SETTINGS = {"nsamples": 24, "seqlen": 256, "e2e_nsamples": 128, "block_finetune_epochs": 1, "e2e_finetune_epochs": 1}
 WINDOWS, WINDOW_TOKENS = 8, 512
 SPEED_TOKENS = 32
 CALIBRATION_SHARE = 0.8  # of the documentation text

@@ -15,7 +15,7 @@ logger = logging.getLogger("crvq")
 
 MEMORY_SHARE = 0.25  # of free memory for the full-precision model's hidden states; beyond it they go to the disk
 RUN_TOKENS = 2048  # tokens that go through a block at once
-STEP_TOKENS = 512  # tokens of a step of fine-tuning: many small steps beat few large ones (benchmarks/LOG.md)
+STEP_TOKENS = 256  # tokens of a step of fine-tuning: many small steps beat few large ones (benchmarks/LOG.md)
 
 
 def _sizes(seqlen: int) -> tuple[int, int]:

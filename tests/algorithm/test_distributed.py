@@ -41,7 +41,7 @@ def as_process(monkeypatch):
 @pytest.mark.parametrize("sequences", [1, 16, 41])
 def test_batches_and_steps_are_those_of_one_process_each_in_one(count, seqlen, sequences, as_process):
     samples = torch.arange(sequences * seqlen).view(sequences, seqlen)
-    wanted = streams.batches(samples), samples.split(max(1, 512 // seqlen))
+    wanted = streams.batches(samples), samples.split(max(1, streams.STEP_TOKENS // seqlen))
     shares, steps = [], []
     for rank in range(count):
         as_process(rank, count, sequences)
