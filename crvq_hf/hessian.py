@@ -11,12 +11,17 @@ _STRIP = 256  # rows of a Hessian that are computed at once
 
 
 @contextmanager
-def _fast_products() -> Iterator[None]:
-    """Lets fp32 matrix products round their factors, on devices where that is faster."""
+def _fast_products(device_type: str) -> Iterator[None]:
+    """Lets fp32 matrix products round their factors where that is faster, but never their results.
+
+    Layers run under autocast, which would round the results to bfloat16 too: the Hessian would not be positive
+    definite any more.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        yield
+        with torch.autocast(device_type, enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -60,7 +65,7 @@ class HessianAccumulator:
             return
         # Inputs may be rounded to bfloat16 in the product (accumulated in fp32): far below the damping, and up to 8
         # times faster. Strips spare half of a symmetric product, and memory.
-        with _fast_products():
+        with _fast_products(x.device.type):
             for start in range(0, len(self.quanta), _STRIP):
                 product = x[:, start : start + _STRIP].T @ x[:, start:]
                 self.quanta[start : start + _STRIP, start:] += product.mul_(1 / self.quantum).round_()

@@ -45,6 +45,19 @@ def test_rounding_of_inputs_stays_below_the_damping():
     assert relative_error(accumulator.hessian(), expected(x)) < 0.01
 
 
+def test_autocast_does_not_round_the_sums():
+    """Layers are run under it; rounded to bfloat16, a Hessian that one direction dominates is indefinite."""
+    x = torch.randn(256, 32) + 30 * torch.randn(256, 1)
+    energy = float(x.square().sum(0).max())
+    plain, cast = HessianAccumulator(32, energy), HessianAccumulator(32, energy)
+    plain.add(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.add(x)
+        assert (x.T @ x).dtype == torch.bfloat16
+    assert torch.equal(plain.hessian(), cast.hessian())
+    assert torch.linalg.eigvalsh(damped(cast.hessian(), 0.01).double())[0] > 0
+
+
 def test_a_long_run_does_not_drift():
     accumulator = HessianAccumulator(24, ENERGY)
     for _ in range(200):
