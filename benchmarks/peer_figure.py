@@ -54,7 +54,7 @@ def _draw(peers: list[dict[str, str]], ours: list[dict[str, str]]) -> Any:
     figure = Figure(figsize=(10, 6.5), dpi=140, layout="constrained")
     axes = figure.subplots()
     points = [_point(_family(row["name"]), _short(row["name"]), row) for row in peers]
-    points += [_point(OURS, f"CRVQ, {row['name']}", row) for row in ours]
+    points += [_point(OURS, f"CRVQ, {row['name']}", row) for row in _current(ours)]
     for family, _, bits, value in points:
         marker, size = ("*", 130) if family == OURS else ("^" if value == HIGHEST else "o", 34)
         axes.scatter(bits, value, s=size, color=COLORS[family], marker=marker, zorder=3, clip_on=False)
@@ -74,6 +74,18 @@ def _draw(peers: list[dict[str, str]], ours: list[dict[str, str]]) -> Any:
     axes.spines[["top", "right"]].set_visible(False)
     _label(figure, axes, points)
     return figure
+
+
+def _current(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Returns one row a name, of the last commit it was measured at: the median of its seeds."""
+    named: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        row = row | {"name": row["name"].partition(", seed ")[0]}
+        same = named.setdefault(row["name"], [])
+        if same and same[0]["commit"] != row["commit"]:
+            same.clear()
+        same.append(row)
+    return [sorted(same, key=lambda row: float(row["perplexity"]))[len(same) // 2] for same in named.values()]
 
 
 def _point(family: str, name: str, row: dict[str, str]) -> tuple[str, str, float, float]:

@@ -4,7 +4,6 @@ import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
 
-import psutil
 import torch
 
 
@@ -36,13 +35,6 @@ def has_fast_bfloat16(device_type: str) -> bool:
 def mixed_precision(device: torch.device, bfloat16: bool) -> AbstractContextManager:
     """Returns the context for running and training blocks: bfloat16 products over fp32 weights, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
-
-
-def free_memory_bytes(device: torch.device) -> int:
-    """Returns the memory of a device that nothing uses, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
 
 
 def peak_memory_bytes() -> int:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -48,6 +49,13 @@ def world_size() -> int:
 def local_size() -> int:
     """Returns how many of them share this machine."""
     return 1 if _group is None else int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def free_memory_bytes(device: torch.device | str = "cpu") -> int:
+    """Returns this process's share of the memory nothing uses, in bytes: all of its GPU's, a part of the CPU's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // local_size()
 
 
 @contextmanager

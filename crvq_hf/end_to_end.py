@@ -12,7 +12,6 @@ from transformers.utils import logging as transformers_logging
 
 from . import distributed
 from .blocks import BlockRunner
-from .device import free_memory_bytes
 from .finetune import Trainer, distillation_loss, shuffled, tunable
 from .workfolder import WorkFolder
 
@@ -96,7 +95,7 @@ def _saving_memory(
         return nullcontext()
     device = next(runner.model.parameters()).device
     needed = _saved_bytes(runner, step.to(device, torch.float32), precision) * len(runner.blocks)
-    free = free_memory_bytes(device) // (distributed.local_size() if device.type == "cpu" else 1)
+    free = distributed.free_memory_bytes(device)
     if needed <= MEMORY_SHARE * free:
         return nullcontext()
     logger.info(

@@ -19,6 +19,8 @@ KMEANS_ITERATIONS = 8
 RANKING_KMEANS_ITERATIONS = 3  # for the plain quantization that only ranks channels
 CRITICAL_BASE_WEIGHT = 0.1  # the base codebook leaves critical groups to the extended ones
 
+_ROUNDING = 1e-3  # a relative error this little below zero may be float32's
+
 
 @dataclass(frozen=True)
 class LayerCodes:
@@ -60,6 +62,9 @@ def fit_weight(
         num_critical_groups: Gc.
         importance: see `channel_importance`.
         generator: source of all randomness, on the CPU.
+
+    Raises:
+        ValueError: the Hessian is so far from positive semi-definite that the fit went below an error of zero.
     """
     d, critical = in_group_size, num_critical_groups
     hessian = damped(hessian, DAMPING)
@@ -83,7 +88,13 @@ def fit_weight(
 
     fit = LayerFit.start(weight, hessian, scales, torch.stack(codebooks), torch.cat(codes, 1), critical)
     refine_(fit)
-    return LayerCodes(fit.codes, fit.codebooks, fit.scales, order, critical, fit.relative_error())
+    error = fit.relative_error()
+    if error < -_ROUNDING:
+        raise ValueError(
+            f"The relative error of a layer of {len(weight)} x {weight.shape[1]} came out as {error:.3g}, below zero: "
+            "its Hessian has negative eigenvalues; sum X^T X in float32 or better."
+        )
+    return LayerCodes(fit.codes, fit.codebooks, fit.scales, order, critical, max(0.0, error))
 
 
 def refine_(fit: LayerFit) -> None:

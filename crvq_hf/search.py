@@ -61,10 +61,13 @@ class LayerFit:
         return cls(hessian, target, energy, scales, codebooks, codes, num_critical_groups, quantized, gradient)
 
     def relative_error(self) -> float:
-        """Returns the objective over `energy`: the squared relative error of the layer's output on its calibration."""
+        """Returns the objective over `energy`: the squared relative error of the layer's output on its calibration.
+
+        Below zero by more than rounding only if the Hessian has negative eigenvalues.
+        """
         # tr(D H D^T) with D = W - Wq and D H = gradient is energy - <target + gradient, Wq>: W is not needed.
         kept = float(torch.sum((self.target + self.gradient) * self.quantized, dtype=torch.float64))
-        return max(0.0, 1.0 - kept / self.energy) if self.energy > 0 else 0.0
+        return 1.0 - kept / self.energy if self.energy > 0 else 0.0
 
 
 def assemble(codebooks: Tensor, codes: Tensor, num_critical_groups: int) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor
 from . import distributed
 from .blocks import BlockRunner
 from .config import CRVQConfig
-from .device import free_memory_bytes
 from .workfolder import WorkFolder
 
 logger = logging.getLogger("crvq")
@@ -72,7 +71,7 @@ def embed(runner: BlockRunner, tokens: Tensor, config: CRVQConfig, work: WorkFol
     width, dtype = runner.model.config.get_text_config().hidden_size, runner.model.dtype
     first, tokens = share(tokens[: config.nsamples]), share(tokens)
     needed, more = (t.numel() * width * dtype.itemsize for t in (first, tokens))
-    available = free_memory_bytes(torch.device("cpu")) // distributed.local_size()
+    available = distributed.free_memory_bytes()
     on_disk = more > MEMORY_SHARE * available
     needed += 0 if on_disk else more
     where = f"{needed / 1e9:.2f} GB of memory" + (f" and {more / 1e9:.2f} GB of the disk" if on_disk else "")

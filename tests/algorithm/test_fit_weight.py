@@ -264,3 +264,13 @@ def test_a_scale_that_float16_cannot_hold_is_refused():
     weight, hessian = layer(32, 64)
     with pytest.raises(ValueError, match=r"row scale of .* does not fit float16 .* modules_to_not_convert"):
         to_stored(fit(weight * 1e7, hessian, e=5), 5, 8)
+
+
+def test_an_indefinite_hessian_is_refused():
+    """Along a negative eigenvalue the error has no bottom, and a fit that looks perfect is none."""
+    weight, hessian = layer(64, 128)
+    assert fit(weight, hessian).relative_error > 0
+    hessian -= 0.5 * hessian.diagonal().mean()  # a direction in which it is far below zero, damped or not
+    assert torch.linalg.eigvalsh(damped(hessian, DAMPING))[0] < 0
+    with pytest.raises(ValueError, match="64 x 128 came out as -.*negative eigenvalues; sum X.T X in float32"):
+        fit(weight, hessian)

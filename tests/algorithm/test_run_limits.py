@@ -14,7 +14,7 @@ from whole_models import (
     quantized_layers,
 )
 
-from crvq_hf import CRVQConfig, device, end_to_end, streams
+from crvq_hf import CRVQConfig, distributed, end_to_end, streams
 from crvq_hf.blocks import BlockRunner, find_blocks
 from crvq_hf.fingerprint import run_fingerprint
 from crvq_hf.run import Run
@@ -70,7 +70,7 @@ def test_activations_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(("available", "fits"), [(1 << 40, True), (1 << 10, False)], ids=["enough", "too little"])
 def test_memory_for_the_activations(available, fits, quantize, monkeypatch):
     """What counts is available memory: file cache is given back, and is nearly all after loading a large model."""
-    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: SimpleNamespace(free=0, available=available))
+    monkeypatch.setattr(distributed.psutil, "virtual_memory", lambda: SimpleNamespace(free=0, available=available))
     if fits:
         quantize(make("llama", num_hidden_layers=1), **OFF)
         return
