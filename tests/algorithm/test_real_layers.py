@@ -85,10 +85,12 @@ def test_error_on_heavy_tailed_inputs(name, weights):
     weight = weights[name]
     hessian = heavy_tailed_hessian(weight.shape[1])
     errors = []
-    for fields in ({}, {"num_extended_codebooks": 0}):
+    for fields in ({}, {"num_extended_codebooks": 3, "critical_ratio": 0.02}, {"num_extended_codebooks": 0}):
         _, stored = fit(weight, hessian, **fields)
         difference = weight - stored.dequantize(torch.float32)
         errors.append(float((difference @ hessian * difference).sum() / (weight @ hessian * weight).sum()))
-    # Measured: 0.0116 against 0.0216 without critical channels, and 0.0107 against 0.0318.
-    assert errors[0] < 0.0135 and errors[1] < 0.04
-    assert errors[0] < 0.7 * errors[1]
+    default, paper, plain = errors
+    # Measured: by default 0.0131 and 0.0168, as in the paper 0.0119 and 0.0126, without critical channels 0.0216 and
+    # 0.0318.
+    assert default < 0.019 and paper < 0.0145 and plain < 0.036
+    assert max(default, paper) < 0.7 * plain
