@@ -68,15 +68,15 @@ def measure(
     study: str, value: Any, model: str, text: str, other_text: str, texts: dict[str, str], options: list[str]
 ) -> None:
     """Quantizes with one option changed, unless that has been measured, and appends the row."""
-    # The paper's own setting is a point of every study, measured once; on two texts where the text is studied.
+    # What several studies share is measured once; on two texts where the text is studied.
     known = [row for row in read() if row["options"] == " ".join(options)]
     known = [row for row in known if study != "dataset" or row["other_perplexity"]]
-    same = [row for row in known if PAPER | {row["study"]: _typed(row)} == PAPER | {study: value}]
+    same = [row for row in known if _settings(row["study"], _typed(row)) == _settings(study, value)]
     if same:
         if all(row["study"] != study for row in same):
             bench_quality.append(RESULTS, same[0] | {"study": study, "value": value})
         return
-    chosen = PAPER | {study: value}
+    chosen = _settings(study, value)
     chosen["dataset"] = texts.get(chosen["dataset"], chosen["dataset"])
     flags = [part for name, setting in chosen.items() for part in (f"--{name}", str(setting))]
     with tempfile.TemporaryDirectory() as folder:
@@ -86,6 +86,14 @@ def measure(
     row |= {"options": " ".join(options), "commit": bench_quality.commit(), "cpu": bench_quality.cpu_name()}
     bench_quality.append(RESULTS, row)
     print(row, flush=True)
+
+
+def _settings(study: str, value: Any) -> dict[str, Any]:
+    """Returns the options of a point; the same for points that are the same."""
+    settings = PAPER | {study: value}
+    if not (settings["critical-ratio"] and settings["num-extended-codebooks"]):
+        settings |= {"critical-ratio": 0, "num-extended-codebooks": 0}
+    return settings
 
 
 def read() -> list[dict[str, str]]:
