@@ -15,7 +15,7 @@ from .config import CRVQConfig
 
 _HUB_DATASETS = ("wikitext2", "c4")
 # Sequences of end-to-end fine-tuning over `nsamples`, where the config leaves their number open.
-OPEN_E2E_FACTOR = 5
+OPEN_E2E_FACTOR = 6
 # Sequences sampled together when the model writes its own text.
 _WRITING_BATCH = 32
 

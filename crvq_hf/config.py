@@ -201,7 +201,7 @@ class CRVQConfig(QuantizationConfigMixin):
     block_finetune_epochs: int = _option(1, "epochs of fine-tuning after each block, 0 switches it off", _integer(0))
     e2e_finetune_epochs: int = _option(1, "epochs of end-to-end fine-tuning, 0 switches it off", _integer(0))
     e2e_nsamples: int = _option(
-        0, "calibration sequences for end-to-end fine-tuning; 0: 5 times nsamples, or what the text has", _integer(0)
+        0, "calibration sequences for end-to-end fine-tuning; 0: 6 times nsamples, or what the text has", _integer(0)
     )
     modules_to_not_convert: list[str] | None = _option(None, "names or regexes of modules to leave dense", _names)
     tokenizer: Any = _option(None, "tokenizer, or its name; None takes the model's own", _anything, stored=False)

@@ -2,11 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.utils import logging as transformers_logging
 
@@ -57,7 +57,11 @@ def finetune_end_to_end_(
     device = next(model.parameters()).device
     order = shuffled(len(batches), epochs, seed)
     losses: list[float] = []
-    with tunable(runner.blocks) as parameters, _saving_memory(runner, hidden, precision):
+    with (
+        _fixed(model, precision),
+        tunable(runner.blocks) as parameters,
+        _saving_memory(runner, hidden, precision),
+    ):
         trainer = Trainer(parameters, len(order), peak)
         first, spent = _resume(work, trainer, losses)
         saved_at = time.monotonic()
@@ -81,6 +85,30 @@ def finetune_end_to_end_(
         bar.close()
     part = max(1, len(losses) // 10)
     return {"first": _mean(losses[:part]), "last": _mean(losses[-part:])}, spent
+
+
+@contextmanager
+def _fixed(model: nn.Module, precision: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Marks every parameter as not to be tuned while inside, and has the head in the dtype it computes in.
+
+    Otherwise autograd would make gradients of embedding and head, and autocast would cast the head at every use.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    head = model.get_output_embeddings()
+    weight = head.weight if isinstance(head, nn.Linear) else None
+    model.requires_grad_(False)
+    if weight is not None:
+        with precision():
+            kind = weight.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        head.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    try:
+        yield
+    finally:
+        if weight is not None:
+            head.weight = weight
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _saving_memory(

@@ -38,7 +38,7 @@ class _QuantizedProduct(torch.autograd.Function):
         num_codebooks, _, d = codebooks.shape
         critical = (codes.shape[1] - len(order) // d) // max(1, num_codebooks - 1)
         weight = assemble(codebooks.to(x.dtype), codes, critical)
-        x = x.index_select(1, order)
+        x = x.gather(1, order.expand(len(x), -1))  # on CPUs faster than index_select
         unscaled = x @ weight.T
         ctx.save_for_backward(x, weight, unscaled, scales, order, *served)
         ctx.shape = codebooks.shape
@@ -49,9 +49,12 @@ class _QuantizedProduct(torch.autograd.Function):
         x, weight, unscaled, scales, order, groups, first = ctx.saved_tensors
         scale_gradient = (grad * unscaled).sum(0, dtype=scales.dtype)
         grad = (grad * scales).to(x.dtype)
-        x_gradient = (grad @ weight).index_select(1, order.argsort()) if ctx.needs_input_grad[0] else None
-        rows = (grad.T @ x).to(scales.dtype).view(-1, ctx.shape[-1])
-        codebooks = F.embedding_bag(groups, rows, first, mode="sum").view(ctx.shape)
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            ordered = grad @ weight
+            x_gradient = torch.empty_like(ordered).scatter_(1, order.expand(len(x), -1), ordered)
+        rows = (grad.T @ x).view(-1, ctx.shape[-1])  # summed in fp32, whatever their dtype
+        codebooks = F.embedding_bag(groups, rows, first, mode="sum").to(scales.dtype).view(ctx.shape)
         return x_gradient, codebooks, scale_gradient, None, None, None
 
 

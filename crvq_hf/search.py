@@ -88,7 +88,7 @@ def assemble(codebooks: Tensor, codes: Tensor, num_critical_groups: int) -> Tens
         offset = size * torch.arange(extended, device=codes.device)[:, None]
         index = codes[:, num_groups:].view(n, extended, critical) + offset
         refinement = F.embedding(index, codebooks[1:].reshape(-1, d)).sum(1)
-        weight = torch.cat([weight[:, :critical] + refinement, weight[:, critical:]], 1)
+        weight[:, :critical] += refinement
     return weight.reshape(n, num_groups * d)
 
 

@@ -14,7 +14,7 @@ from whole_models import (
     quantized_layers,
 )
 
-from crvq_hf import CRVQConfig, distributed, end_to_end, streams
+from crvq_hf import CRVQConfig, distributed, end_to_end, pipeline, streams
 from crvq_hf.blocks import BlockRunner, find_blocks
 from crvq_hf.fingerprint import run_fingerprint
 from crvq_hf.run import Run
@@ -177,3 +177,24 @@ def test_another_tokenizer_is_another_run(tmp_path):
     model, settings = make("llama"), CRVQConfig(dataset=["text " * 50], work_dir=str(tmp_path))
     one, other = (run_fingerprint(model, lambda text, n=n: {"input_ids": [n]}, settings) for n in (1, 2))
     assert {name for name in one if one[name] != other[name]} == {"tokenization"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_cost_no_gradients_end_to_end(tied, quantize, monkeypatch, small_steps):
+    """Nor a cast of the head at each use: it is in the compute dtype while tuning, and as it was afterwards."""
+    model, seen = make("llama", tie_word_embeddings=tied), []
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    before, loss = head.detach().clone(), end_to_end.distillation_loss
+
+    def note(logits, teacher):
+        now = model.get_output_embeddings().weight
+        seen.append((now.dtype, now.requires_grad, embedding.requires_grad))
+        return loss(logits, teacher)
+
+    monkeypatch.setattr(end_to_end, "distillation_loss", note)
+    monkeypatch.setattr(pipeline, "_precision", lambda *args: True)
+    quantize(model, **OFF | {"e2e_finetune_epochs": 1})
+    assert set(seen) == {(torch.bfloat16, False, False)}
+    assert embedding.grad is None and embedding.requires_grad
+    assert model.get_output_embeddings().weight is head and (embedding is head) == tied
+    assert torch.equal(head, before)
