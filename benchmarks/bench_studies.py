@@ -1,7 +1,7 @@
 """The studies of the CRVQ paper, rerun: perplexity and stored bits against one option at a time.
 
-    python benchmarks/bench_studies.py MODEL --calibration calib.txt --text wiki.test.raw --nsamples 16 \
-        --e2e-finetune-epochs 0
+    python benchmarks/bench_studies.py MODEL --calibration calib.txt --text wiki.test.raw --nsamples 32 \
+        --block-finetune-epochs 0 --e2e-finetune-epochs 0
     python benchmarks/bench_studies.py --plot
 
 MODEL is the folder of a dense model; options it does not know go to each `crvq quantize`. Rows go to
@@ -26,6 +26,7 @@ PAPER = {
     "num-extended-codebooks": 3,
     "nbits-per-codebook": 8,
     "in-group-size": 8,
+    "codebook-bits": 16,
     "importance": "weight_activation",
     "dataset": "same domain",
 }
