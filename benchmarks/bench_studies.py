@@ -7,10 +7,15 @@
 MODEL is the folder of a dense model; options it does not know go to each `crvq quantize`. Rows go to
 results/studies.csv; those that are there are not measured again. Also studied: what text to calibrate on, evaluated on
 two domains, for which `--other-calibration` and `--other-text` name texts of the second.
+
+`layer_error` is the geometric mean over all layers of the relative squared error of their outputs, as the report of a
+run has it: before codebooks are rounded, and on the calibration text.
 """
 
 import argparse
 import csv
+import json
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -83,7 +88,9 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         result = bench_quality.quantize_and_evaluate(model, f"{folder}/quantized", text, [*flags, *options])
         other = bench_quality.perplexity(f"{folder}/quantized", other_text) if study == "dataset" else ""
+        layers = json.loads(Path(folder, "quantized", "report.json").read_text())["layers"].values()
     row = {"study": study, "value": value} | {name: result[name] for name in MEASURED} | {"other_perplexity": other}
+    row["layer_error"] = round(statistics.geometric_mean(layer["relative_error"] for layer in layers), 4)
     row |= {"options": " ".join(options), "commit": bench_quality.commit(), "cpu": bench_quality.cpu_name()}
     bench_quality.append(RESULTS, row)
     print(row, flush=True)
@@ -125,22 +132,34 @@ def draw(rows: list[dict[str, str]]) -> None:
     together = panels[len(studies)]
     for axes, study in zip(panels, studies, strict=False):
         points = sorted((row for row in rows if row["study"] == study), key=lambda r: STUDIES[study].index(_typed(r)))
-        values, perplexities = [row["value"] for row in points], [float(row["perplexity"]) for row in points]
+        values, perplexities = (
+            [row["value"].replace(" ", "\n") for row in points],
+            [float(row["perplexity"]) for row in points],
+        )
         ordered = study not in ("importance", "dataset")
         axes.plot(values, perplexities, "o-" if ordered else "o", color="#0072B2", label="domain 1")
         if study == "dataset":
             others = [float(row["other_perplexity"]) for row in points]
             axes.plot(values, others, "s", color="#D55E00", label="domain 2")
             axes.legend(title="evaluated on", fontsize=7, title_fontsize=7)
-        for row, y in zip(points, perplexities, strict=True):
+        else:  # errors on different texts cannot be compared
+            errors = axes.twinx()
+            errors.plot(values, [float(row["layer_error"]) for row in points], "x:", color="#999999", markersize=4)
+            errors.set_ylabel("layer error (dotted)", color="#777777", fontsize=7)
+            errors.tick_params(labelsize=6, labelcolor="#777777")
+        for row, x, y in zip(points, values, perplexities, strict=True):
             label = f"{float(row['bits_per_weight']):.2f}"
-            axes.annotate(label, (row["value"], y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
+            axes.annotate(label, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=7)
         axes.tick_params(axis="x", labelsize=7)
         axes.set(yscale="log", title=study.replace("-", "_"), ylabel="perplexity (bits at the points)")
         axes.margins(x=0.15, y=0.2)
         together.plot([float(row["bits_per_weight"]) for row in points], perplexities, ".", label=study)
     together.set(yscale="log", title="all of them", xlabel="stored bits per weight", ylabel="perplexity")
-    together.legend(fontsize=7)
+    together.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
+    for axes in panels[: len(studies) + 1]:
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="both", labelsize=7)
     for axes in panels[len(studies) + 1 :]:
         axes.remove()
     PICTURE.parent.mkdir(exist_ok=True)
