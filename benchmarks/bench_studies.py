@@ -120,6 +120,7 @@ def _typed(row: dict[str, str]) -> Any:
 def draw(rows: list[dict[str, str]]) -> None:
     """Draws one panel a study, with the stored bits at each point, and all of them against bits."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     studies = [study for study in STUDIES if any(row["study"] == study for row in rows)]
     if not studies:
@@ -144,7 +145,8 @@ def draw(rows: list[dict[str, str]]) -> None:
             axes.legend(title="evaluated on", fontsize=7, title_fontsize=7)
         else:  # errors on different texts cannot be compared
             errors = axes.twinx()
-            errors.plot(values, [float(row["layer_error"]) for row in points], "x:", color="#999999", markersize=4)
+            layers = [float(row["layer_error"] or "nan") for row in points]
+            errors.plot(values, layers, "x:", color="#999999", markersize=4)
             errors.set_ylabel("layer error (dotted)", color="#777777", fontsize=7)
             errors.tick_params(labelsize=6, labelcolor="#777777")
         for row, x, y in zip(points, values, perplexities, strict=True):
@@ -155,10 +157,10 @@ def draw(rows: list[dict[str, str]]) -> None:
         axes.margins(x=0.15, y=0.2)
         together.plot([float(row["bits_per_weight"]) for row in points], perplexities, ".", label=study)
     together.set(yscale="log", title="all of them", xlabel="stored bits per weight", ylabel="perplexity")
-    together.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
+    together.legend(fontsize=7, loc="upper right")
     for axes in panels[: len(studies) + 1]:
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
         axes.tick_params(axis="y", which="both", labelsize=7)
     for axes in panels[len(studies) + 1 :]:
         axes.remove()
