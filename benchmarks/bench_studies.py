@@ -133,10 +133,8 @@ def draw(rows: list[dict[str, str]]) -> None:
     together = panels[len(studies)]
     for axes, study in zip(panels, studies, strict=False):
         points = sorted((row for row in rows if row["study"] == study), key=lambda r: STUDIES[study].index(_typed(r)))
-        values, perplexities = (
-            [row["value"].replace(" ", "\n") for row in points],
-            [float(row["perplexity"]) for row in points],
-        )
+        values = [row["value"].replace(" ", "\n") for row in points]
+        perplexities = [float(row["perplexity"]) for row in points]
         ordered = study not in ("importance", "dataset")
         axes.plot(values, perplexities, "o-" if ordered else "o", color="#0072B2", label="domain 1")
         if study == "dataset":

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import distributed
 from .blocks import BlockRunner
-from .finetune import Trainer, distillation_loss, shuffled, tunable
+from .finetune import Trainer, distillation_loss, frozen, shuffled, tunable
 from .workfolder import WorkFolder
 
 logger = logging.getLogger("crvq")
@@ -58,7 +58,8 @@ def finetune_end_to_end_(
     order = shuffled(len(batches), epochs, seed)
     losses: list[float] = []
     with (
-        _fixed(model, precision),
+        frozen(model),  # embedding and head too: nobody needs their gradients
+        _cast_head(model, precision),
         tunable(runner.blocks) as parameters,
         _saving_memory(runner, hidden, precision),
     ):
@@ -88,27 +89,20 @@ def finetune_end_to_end_(
 
 
 @contextmanager
-def _fixed(model: nn.Module, precision: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """Marks every parameter as not to be tuned while inside, and has the head in the dtype it computes in.
-
-    Otherwise autograd would make gradients of embedding and head, and autocast would cast the head at every use.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+def _cast_head(model: nn.Module, precision: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Has the head in the dtype it computes in while inside: autocast would cast it at every use."""
     head = model.get_output_embeddings()
-    weight = head.weight if isinstance(head, nn.Linear) else None
-    model.requires_grad_(False)
-    if weight is not None:
-        with precision():
-            kind = weight.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        head.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if not isinstance(head, nn.Linear):
+        yield
+        return
+    weight, kind = head.weight, head.weight.device.type
+    with precision():
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    head.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     try:
         yield
     finally:
-        if weight is not None:
-            head.weight = weight
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        head.weight = weight
 
 
 def _saving_memory(

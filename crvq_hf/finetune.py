@@ -183,21 +183,31 @@ def tunable(module: nn.Module, dense: Sequence[str] = ()) -> Iterator[list[nn.Pa
     names = [name for name, child in module.named_modules() if isinstance(child, CRVQLinear)]
     for name in names:
         module.set_submodule(name, TunableLinear(module.get_submodule(name)))
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     codebooks = {id(child.codebooks) for child in module.modules() if isinstance(child, TunableLinear)}
     weights = {id(module.get_submodule(name).weight) for name in dense}
-    parameters = [p for p, _ in flags if p.dim() <= 1 or id(p) in codebooks or id(p) in weights]
+    parameters = [p for p in module.parameters() if p.dim() <= 1 or id(p) in codebooks or id(p) in weights]
     try:
-        module.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield parameters
+        with frozen(module):
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield parameters
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for parameter in parameters:
             parameter.grad = None
         for name in names:
             module.set_submodule(name, module.get_submodule(name).to_linear())
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Marks every parameter of `module` as not to be tuned while inside."""
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
