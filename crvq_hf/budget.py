@@ -10,14 +10,17 @@ from collections.abc import Iterable, Iterator
 from .config import BUDGETED, CRVQConfig
 
 _TOLERANCE = 0.01  # of the budget
+# Channels and bits of a base code, from many bits per weight to few. Groups of 4 are better where they can have 6 bits
+# (benchmarks/LOG.md); codes of more than 8 are slow to look up.
+_BASE_CODES = ((4, 8), (4, 7), (4, 6), (8, 8), (8, 7), (8, 6), (8, 5), (8, 4))
 
 
 def within_budget(config: CRVQConfig, sizes: Iterable[tuple[int, int]]) -> CRVQConfig:
     """Returns a config whose stored bits per weight are at most its `bits`, and at most 1 % less.
 
-    Codes have as many bits as the budget allows, 8 at most, so that one base codebook fits. What is left goes into as
-    few extended codebooks as can spend it, for as many critical channels as that makes: at equal bits, one extended
-    codebook for 4 % of the channels beats three for 2 % (benchmarks/LOG.md).
+    The base codes are the finest that the budget allows. What is left goes into as few extended codebooks as can spend
+    it, for as many critical channels as that makes: at equal bits, one extended codebook for 4 % of the channels beats
+    three for 2 % (benchmarks/LOG.md).
 
     Args:
         config: returned as it is if its `bits` is None; else the fields in `BUDGETED` are chosen.
@@ -30,34 +33,34 @@ def within_budget(config: CRVQConfig, sizes: Iterable[tuple[int, int]]) -> CRVQC
         return config
     counts = Counter(sizes)
     lowest = math.inf
-    for nbits in range(8, 3, -1):
-        plain = _stored_bits(_with(config, nbits, 0, 0.0), counts)
+    for d, nbits in _BASE_CODES:
+        plain = _stored_bits(_with(config, d, nbits, 0, 0.0), counts)
         lowest = min(lowest, plain)
         if plain > config.bits:
             continue
-        candidates = [_with(config, nbits, 0, 0.0)]
-        for extended in range(max(1, math.ceil((config.bits - plain) * config.in_group_size / nbits)), 8):
-            candidates += [_largest(config, nbits, extended, counts)]
+        candidates = [_with(config, d, nbits, 0, 0.0)]
+        for extended in range(max(1, math.ceil((config.bits - plain) * d / nbits)), 8):
+            candidates += [_largest(config, d, nbits, extended, counts)]
             best = max((c for c in candidates if c), key=lambda c: _stored_bits(c, counts))
             if _stored_bits(best, counts) >= (1 - _TOLERANCE) * config.bits:
                 return best
     raise ValueError(
-        f"bits={config.bits:g} cannot be met within 1 % by these layers, whose least is {lowest:.3f} bits per weight "
-        f"with in_group_size={config.in_group_size}; give other bits, or set {', '.join(BUDGETED)} yourself."
+        f"bits={config.bits:g} cannot be met within 1 % by these layers, whose least is {lowest:.3f} bits per weight; "
+        f"give other bits, or set {', '.join(BUDGETED)} yourself."
     )
 
 
-def _largest(config: CRVQConfig, nbits: int, extended: int, counts: Counter) -> CRVQConfig | None:
+def _largest(config: CRVQConfig, d: int, nbits: int, extended: int, counts: Counter) -> CRVQConfig | None:
     """Returns the config with the most critical channels within the budget; None if one group is too much."""
-    ratios = sorted(_ratios(counts, config.in_group_size))
+    ratios = sorted(_ratios(counts, d))
     low, high = 0, len(ratios)  # the first `low` fit, those from `high` on do not
     while low < high:
         middle = (low + high) // 2
-        if _stored_bits(_with(config, nbits, extended, ratios[middle]), counts) <= config.bits:
+        if _stored_bits(_with(config, d, nbits, extended, ratios[middle]), counts) <= config.bits:
             low = middle + 1
         else:
             high = middle
-    return _with(config, nbits, extended, ratios[low - 1]) if low else None
+    return _with(config, d, nbits, extended, ratios[low - 1]) if low else None
 
 
 def _ratios(counts: Counter, d: int) -> set[float]:
@@ -70,11 +73,12 @@ def _ratios(counts: Counter, d: int) -> set[float]:
     return {ratio for in_features in {k for k, _ in counts} for ratio in of(in_features)}
 
 
-def _with(config: CRVQConfig, nbits: int, extended: int, ratio: float) -> CRVQConfig:
-    """Returns a copy of the config with the three fields set and no budget."""
+def _with(config: CRVQConfig, *values: float) -> CRVQConfig:
+    """Returns a copy of the config with the fields in `BUDGETED` set and no budget."""
     result = copy.copy(config)
     result.bits = None
-    result.nbits_per_codebook, result.num_extended_codebooks, result.critical_ratio = nbits, extended, ratio
+    for name, value in zip(BUDGETED, values, strict=True):
+        setattr(result, name, value)
     return result
 
 

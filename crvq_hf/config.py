@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, int]] = {
     "best": {"nsamples": 192, "e2e_finetune_epochs": 2},
 }
 # What a budget of `bits` decides.
-BUDGETED = ("nbits_per_codebook", "num_extended_codebooks", "critical_ratio")
+BUDGETED = ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio")
 
 
 def _option(default: Any, help: str, check: Callable[[str, Any], Any], stored: bool = True) -> Any:
@@ -171,8 +171,8 @@ class CRVQConfig(QuantizationConfigMixin):
     )
     bits: float | None = _option(
         None,
-        "budget of stored bits per quantized weight, 1.1 say; chooses bits per code, extended codebooks and critical "
-        "channels",
+        "budget of stored bits per quantized weight, 1.1 say; chooses channels and bits per code, extended codebooks "
+        "and critical channels",
         _budget,
     )
     in_group_size: int = _option(8, "input channels that share one code: 4, 8 or 16", _one_of(4, 8, 16))

@@ -28,17 +28,18 @@ def test_from_one_to_four_bits(sizes, bits):
 
 
 def test_what_is_chosen():
-    chosen = {bits: within_budget(CRVQConfig(bits=bits), LLAMA_7B) for bits in (1.01, 1.1, 1.9, 2.5, 4.0)}
-    assert [config.num_extended_codebooks for config in chosen.values()] == [1, 1, 1, 2, 3]
-    assert all(config.nbits_per_codebook == 8 for config in chosen.values())
+    chosen = {bits: within_budget(CRVQConfig(bits=bits), LLAMA_7B) for bits in (1.0, 1.01, 1.1, 1.6, 2.0, 2.5, 4.0)}
+    fields = [(c.in_group_size, c.nbits_per_codebook, c.num_extended_codebooks) for c in chosen.values()]
+    # Scales and orders need some bits, too: not the whole of 1.0, 2.0 and 4.0 is for codes.
+    assert fields == [(8, 7, 1), (8, 8, 1), (8, 8, 1), (4, 6, 1), (4, 7, 1), (4, 8, 1), (4, 8, 1)]
     assert chosen[1.1].critical_ratio == pytest.approx(0.095, abs=0.01)
-    assert within_budget(CRVQConfig(bits=1.0), LLAMA_7B).nbits_per_codebook == 7  # scales and orders need some, too
+    assert chosen[2.5].critical_ratio == pytest.approx(0.245, abs=0.01)
 
 
 def test_other_fields_stay():
-    config = CRVQConfig(bits=1.5, in_group_size=4, nsamples=7, codebook_bits=16, device="cpu", work_dir="w")
+    config = CRVQConfig(bits=1.5, seqlen=128, nsamples=7, codebook_bits=16, device="cpu", work_dir="w")
     found = within_budget(config, LLAMA_7B)
-    assert (found.in_group_size, found.nsamples, found.codebook_bits) == (4, 7, 16)
+    assert (found.seqlen, found.nsamples, found.codebook_bits) == (128, 7, 16)
     assert (found.device, found.work_dir, config.bits) == ("cpu", "w", 1.5)
     assert within_budget(found, LLAMA_7B) is found
 
