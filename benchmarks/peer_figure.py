@@ -1,4 +1,4 @@
-"""The picture of `bench_peers.py --plot`: perplexity by stored bits, every point with its name beside it."""
+"""The picture of `bench_peers.py --plot`: perplexity by stored bits, a color for each quantizer."""
 
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,14 @@ def _draw(peers: list[dict[str, str]], ours: list[dict[str, str]]) -> Any:
 
     figure = Figure(figsize=(10, 6.5), dpi=140, layout="constrained")
     axes = figure.subplots()
-    points = [_point(_family(row["name"]), _short(row["name"]), row) for row in peers]
-    points += [_point(OURS, f"CRVQ, {row['name']}", row) for row in _current(ours)]
+    points = [_point(OURS, row["name"], row) for row in _current(ours)]
+    points += [_point(*_family(row["name"]), row) for row in peers]
     for family, _, bits, value in points:
         marker, size = ("*", 130) if family == OURS else ("^" if value == HIGHEST else "o", 34)
         axes.scatter(bits, value, s=size, color=COLORS[family], marker=marker, zorder=3, clip_on=False)
+    for family in dict.fromkeys(family for family, *_ in points):
+        axes.scatter([], [], s=34, color=COLORS[family], marker="*" if family == OURS else "o", label=family)
+    axes.legend(loc="center right", frameon=False, fontsize=SMALL + 1, labelcolor="linecolor")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlim(0.9, max(bits for *_, bits, _ in points) + 0.35)
@@ -101,14 +104,10 @@ def _point(family: str, name: str, row: dict[str, str]) -> tuple[str, str, float
     )
 
 
-def _family(name: str) -> str:
-    """Returns the key of `COLORS` that a peer's name begins with."""
-    return next(family for family in COLORS if name.startswith(family))
-
-
-def _short(name: str) -> str:
-    """Returns the name of a peer as it stands in the picture: `HQQ 2 bit, groups of 64` is `HQQ 2 bit g64`."""
-    return name.replace(", groups of ", " g")
+def _family(name: str) -> tuple[str, str]:
+    """Returns the key of `COLORS` that a peer's name begins with, and the rest as it stands in the picture."""
+    family = next(family for family in COLORS if name.startswith(family))
+    return family, name.removeprefix(f"{family} ").replace(", groups of ", " g")
 
 
 def _label(figure: Any, axes: Any, points: list[tuple[str, str, float, float]]) -> None:
@@ -135,8 +134,9 @@ def _label(figure: Any, axes: Any, points: list[tuple[str, str, float, float]]) 
                 weight=weight,
             )
             box = text.get_window_extent().extents
-            inside = frame.x0 < box[0] and box[2] < frame.x1 and box[1] > line + 2 and box[3] < frame.y1
-            if inside and not any(_overlap(box, other) for other in taken):
+            inside = frame.x0 < box[0] and box[2] < frame.x1 and frame.y0 < box[1] and box[3] < frame.y1
+            crossed = box[1] < line + 2 and line - 2 < box[3]
+            if inside and not crossed and not any(_overlap(box, other) for other in taken):
                 break
             if (dx, dy, ha, va) != PLACES[-1]:
                 text.remove()
