@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.budget import within_budget
 from crvq_hf.checkpoint import bits_per_weight, read_headers
+from crvq_hf.config import BUDGETED, FIELDS
 
 SMOLLM2 = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)] * 30
 LLAMA_7B = ([(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]) * 32
@@ -50,9 +51,10 @@ def test_what_cannot_be_met_is_refused(bits):
         within_budget(CRVQConfig(bits=bits), SMOLLM2)
 
 
-def test_budget_and_what_it_decides_exclude_each_other():
-    with pytest.raises(ValueError, match="bits=1.1 chooses .*; leave out critical_ratio"):
-        CRVQConfig(bits=1.1, critical_ratio=0.1)
+@pytest.mark.parametrize("name", BUDGETED)
+def test_budget_and_what_it_decides_exclude_each_other(name):
+    with pytest.raises(ValueError, match=f"bits=1.1 chooses .*; leave out {name}"):
+        CRVQConfig(bits=1.1, **{name: FIELDS[name].default})
     config = CRVQConfig(bits=1.1)
     assert CRVQConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
