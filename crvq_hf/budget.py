@@ -23,17 +23,22 @@ def within_budget(config: CRVQConfig, sizes: Iterable[tuple[int, int]]) -> CRVQC
     three for 2 % (benchmarks/LOG.md).
 
     Args:
-        config: returned as it is if its `bits` is None; else the fields in `BUDGETED` are chosen.
-        sizes: in_features and out_features of every layer to be quantized.
+        config: returned as it is if its `bits` is None or there are no layers; else the fields in `BUDGETED` are
+            chosen.
+        sizes: in_features and out_features of every layer that a code of some size fits. Those that the chosen
+            channels per code do not divide stay dense and do not count.
 
     Raises:
         ValueError: these layers cannot be stored in so few, or so many, bits.
     """
-    if config.bits is None:
+    all_counts = Counter(sizes)
+    if config.bits is None or not all_counts:
         return config
-    counts = Counter(sizes)
     lowest = math.inf
     for d, nbits in _BASE_CODES:
+        counts = Counter({size: count for size, count in all_counts.items() if size[0] % d == 0})
+        if not counts:
+            continue
         plain = _stored_bits(_with(config, d, nbits, 0, 0.0), counts)
         lowest = min(lowest, plain)
         if plain > config.bits:

@@ -31,8 +31,9 @@ PRESETS: dict[str, dict[str, int]] = {
     "default": {},
     "best": {"nsamples": 192, "e2e_finetune_epochs": 2},
 }
-# What a budget of `bits` decides.
+# What a budget of `bits` decides, and the fewest channels that it may give a code.
 BUDGETED = ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio")
+FINEST_GROUP = 4
 
 
 def _option(default: Any, help: str, check: Callable[[str, Any], Any], stored: bool = True) -> Any:

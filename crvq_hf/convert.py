@@ -181,8 +181,8 @@ def _check_writable(folder: Path) -> None:
 
 def _check_space(model: PreTrainedModel, config: CRVQConfig, folder: Path) -> None:
     """Raises ValueError if the disk cannot hold the quantized layers twice (work folder, result) and the rest once."""
+    config = within_budget(config, map(linear_size, quantizable_linears(model, config)[0].values()))
     linears, _ = quantizable_linears(model, config)
-    config = within_budget(config, map(linear_size, linears.values()))
     quantized = sum(config.layer_shape(*linear_size(module)).nbytes for module in linears.values())
     inside = {id(module.weight) for module in linears.values()}
     rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)

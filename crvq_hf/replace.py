@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .blocks import find_blocks
-from .config import CRVQConfig
+from .config import FINEST_GROUP, CRVQConfig
 from .linear import CRVQLinear
 from .quantized_weight import QuantizedWeight
 
@@ -26,7 +26,8 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
 
     Args:
         model: a transformers model; fused experts are not looked into, see `crvq_hf.experts`.
-        config: says the group size and which modules to leave alone.
+        config: says the group size and which modules to leave alone. While its `bits` are yet to be spent, layers
+            that the finest groups fit are among the quantized.
 
     Returns:
         linears: module by name.
@@ -47,6 +48,7 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
     in_float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
     in_float32 += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
 
+    multiple = config.in_group_size if config.bits is None else FINEST_GROUP
     linears, skipped = {}, {}
     for name, module in blocks.named_modules(prefix=blocks_name):
         if not isinstance(module, (nn.Linear, Conv1D)) or isinstance(module, CRVQLinear):
@@ -60,8 +62,8 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
             skipped[name] = "its weight is shared with another module"
         elif is_named_by(name, in_float32):
             skipped[name] = "the model keeps it in float32"
-        elif in_features % config.in_group_size != 0:
-            skipped[name] = f"its {in_features} input channels are no multiple of {config.in_group_size}"
+        elif in_features % multiple != 0:
+            skipped[name] = f"its {in_features} input channels are no multiple of {multiple}"
         else:
             linears[name] = module
     return linears, skipped

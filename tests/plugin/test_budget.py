@@ -10,6 +10,7 @@ from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.budget import within_budget
 from crvq_hf.checkpoint import bits_per_weight, read_headers
 from crvq_hf.config import BUDGETED, FIELDS
+from crvq_hf.replace import linear_size, quantizable_linears
 
 SMOLLM2 = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)] * 30
 LLAMA_7B = ([(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]) * 32
@@ -43,6 +44,18 @@ def test_other_fields_stay():
     assert (found.seqlen, found.nsamples, found.codebook_bits) == (128, 7, 16)
     assert (found.device, found.work_dir, config.bits) == ("cpu", "w", 1.5)
     assert within_budget(found, LLAMA_7B) is found
+
+
+@pytest.mark.parametrize("bits", [1.2, 2.4])
+def test_layers_that_its_groups_do_not_fit_are_not_counted(make_model, bits):
+    model = make_model("llama", hidden_size=512, intermediate_size=132)  # only groups of 4 fit down_proj
+    config = CRVQConfig(dataset=None, bits=bits)
+    sizes = [linear_size(linear) for linear in quantizable_linears(model, config)[0].values()]
+    found = within_budget(config, sizes)
+    assert found.in_group_size == (8 if bits < 2 else 4)
+    quantized = [linear_size(linear) for linear in quantizable_linears(model, found)[0].values()]
+    assert (quantized == sizes) == (found.in_group_size == 4)
+    assert 0.99 * bits <= bits_of(found, quantized) <= bits
 
 
 @pytest.mark.parametrize("bits", [0.5, 0.51])
