@@ -29,7 +29,7 @@ FORMAT_VERSIONS = (1, 2, 3)  # that can be read; a checkpoint is written in the 
 PRESETS: dict[str, dict[str, int]] = {
     "fast": {"nsamples": 32, "e2e_finetune_epochs": 0},
     "default": {},
-    "best": {"nsamples": 192, "e2e_finetune_epochs": 2},
+    "best": {"nsamples": 384, "e2e_finetune_epochs": 2},
 }
 # What a budget of `bits` decides, and the fewest channels that it may give a code.
 BUDGETED = ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio")
