@@ -25,7 +25,7 @@ from .end_to_end import finetune_end_to_end_
 from .fingerprint import default_work_dir, run_fingerprint
 from .linear import CRVQLinear
 from .quantize_block import quantize_block_
-from .replace import quantizable_linears
+from .replace import quantizable_linears, unmatched_patterns
 from .run import Run, check_finite
 from .streams import batches, embed, share, steps
 from .workfolder import WorkFolder
@@ -56,6 +56,8 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
     device = compute_device(config.device)
     blocks_name, blocks = find_blocks(model)
     linears, skipped = quantizable_linears(model, config)
+    for pattern in unmatched_patterns(model, config):
+        logger.warning("modules_to_not_convert: %r matches no module of %s.", pattern, type(model).__name__)
     for name, reason in skipped.items():
         logger.warning("%s stays dense: %s.", name, reason)
     if not linears:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -15,8 +14,6 @@ from .blocks import find_blocks
 from .config import FINEST_GROUP, CRVQConfig
 from .linear import CRVQLinear
 from .quantized_weight import QuantizedWeight
-
-logger = logging.getLogger("crvq")
 
 
 def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -38,10 +35,6 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
     """
     blocks_name, blocks = find_blocks(model)
     patterns = config.modules_to_not_convert or []
-    names = [name for name, _ in model.named_modules()]
-    for pattern in patterns:
-        if not any(is_named_by(name, [pattern]) for name in names):
-            logger.warning("modules_to_not_convert: %r matches no module of %s.", pattern, type(model).__name__)
     weight_uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     tied_names = {*tied.keys(), *tied.values()}
@@ -67,6 +60,13 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
         else:
             linears[name] = module
     return linears, skipped
+
+
+def unmatched_patterns(model: nn.Module, config: CRVQConfig) -> list[str]:
+    """Returns those of the config's `modules_to_not_convert` that name no module of `model`: typing errors, say."""
+    names = [name for name, _ in model.named_modules()]
+    patterns = config.modules_to_not_convert or []
+    return [pattern for pattern in patterns if not any(is_named_by(name, [pattern]) for name in names)]
 
 
 def replace_with_crvq_(model: nn.Module, names: Iterable[str], config: CRVQConfig) -> None:

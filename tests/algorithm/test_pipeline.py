@@ -1,6 +1,7 @@
 """Whole models: what is replaced and what is not, and what layers are fitted on."""
 
 import json
+import logging
 from collections import defaultdict
 
 import pytest
@@ -196,6 +197,14 @@ def test_a_block_may_stay_dense(quantize):
 def test_nothing_to_quantize_is_refused(quantize):
     with pytest.raises(ValueError, match="has no layer to quantize; check modules_to_not_convert"):
         quantize(make("llama"), modules_to_not_convert=["layers"])
+
+
+def test_a_pattern_that_matches_nothing_is_reported_once(quantize, caplog):
+    with caplog.at_level(logging.WARNING, "crvq"):
+        quantize(make("llama"), dataset=None, modules_to_not_convert=["lm_head", "upproj"])
+    assert [message for message in caplog.messages if "matches no module" in message] == [
+        "modules_to_not_convert: 'upproj' matches no module of LlamaForCausalLM."
+    ]
 
 
 def test_experts_without_tokens_are_fitted_to_their_weights(quantize):
