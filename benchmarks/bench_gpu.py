@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -337,7 +337,7 @@ def main(arguments: list[str]) -> None:
     args = parse(arguments)
     plan = TINY if args.dry_run else QUICK if args.quick else FULL
     if args.shapes:
-        plan = Plan(**vars(plan) | {"shapes": tuple(tuple(map(int, shape.split("x"))) for shape in args.shapes)})
+        plan = replace(plan, shapes=tuple(tuple(map(int, shape.split("x"))) for shape in args.shapes))
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
         stages, device = ["correctness"], "cpu"
@@ -357,7 +357,8 @@ def main(arguments: list[str]) -> None:
     stamp["commit"] = commit()
     if "kernels" in stages:
         halves = [dtype for dtype in dtypes if dtype != torch.float32]
-        append(RESULTS / "gpu_kernels.csv", time_kernels(plan, halves, stamp))
+        for shape in plan.shapes:  # what is measured is kept, should a later one fail
+            append(RESULTS / "gpu_kernels.csv", time_kernels(replace(plan, shapes=(shape,)), halves, stamp))
     if "model" in stages:
         from gpu_model import time_models
 

@@ -20,6 +20,8 @@ from .search import assemble
 
 # Tokens whose distributions over the vocabulary exist at a time.
 _DIVERGENCE_TOKENS = 64
+# Groups of a codeword that are summed one after the other: on a GPU every one is a read that the next waits for.
+_SUMMED_AT_ONCE = 64
 # Learning rate of dense weights, relative to their root mean square, over that of codewords (benchmarks/LOG.md).
 _DENSE_RATE = 2.0
 
@@ -46,7 +48,7 @@ class _QuantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, unscaled, scales, order, groups, first = ctx.saved_tensors
+        x, weight, unscaled, scales, order, groups, pieces, first = ctx.saved_tensors
         scale_gradient = (grad * unscaled).sum(0, dtype=scales.dtype)
         grad = (grad * scales).to(x.dtype)
         x_gradient = None
@@ -54,12 +56,16 @@ class _QuantizedProduct(torch.autograd.Function):
             ordered = grad @ weight
             x_gradient = torch.empty_like(ordered).scatter_(1, order.expand(len(x), -1), ordered)
         rows = (grad.T @ x).view(-1, ctx.shape[-1])  # summed in fp32, whatever their dtype
-        codebooks = F.embedding_bag(groups, rows, first, mode="sum").to(scales.dtype).view(ctx.shape)
+        sums = F.embedding_bag(groups, rows, pieces, mode="sum").to(scales.dtype)
+        every = torch.arange(len(sums), dtype=first.dtype, device=first.device)
+        codebooks = F.embedding_bag(every, sums, first, mode="sum").view(ctx.shape)
         return x_gradient, codebooks, scale_gradient, None, None, None
 
 
-def groups_served(codes: Tensor, num_codebooks: int, codebook_size: int, critical: int) -> tuple[Tensor, Tensor]:
-    """Returns the groups that each codeword serves, one codeword after the other.
+def groups_served(
+    codes: Tensor, num_codebooks: int, codebook_size: int, critical: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the groups that each codeword serves, one codeword after the other, cut into pieces.
 
     Args:
         codes: `[N, V]`.
@@ -68,8 +74,9 @@ def groups_served(codes: Tensor, num_codebooks: int, codebook_size: int, critica
         critical: Gc.
 
     Returns:
-        Indices into the `N * K/d` groups of the weight, `[N * V]`, int32, and where those of each codeword start,
-        `[(1 + E) * C]`, int32.
+        Indices into the `N * K/d` groups of the weight, `[N * V]`; where among them each piece starts, which is of one
+        codeword and has at most `_SUMMED_AT_ONCE`, `[pieces]`; where among the pieces those of each codeword start,
+        `[(1 + E) * C]`; all int32.
     """
     n, device = len(codes), codes.device
     num_groups = codes.shape[1] - (num_codebooks - 1) * critical
@@ -78,7 +85,11 @@ def groups_served(codes: Tensor, num_codebooks: int, codebook_size: int, critica
     codeword = (codes.long() + codebook_size * books).flatten()
     group = (torch.arange(n, device=device)[:, None] * num_groups + torch.cat(columns)).flatten()
     counts = torch.bincount(codeword, minlength=num_codebooks * codebook_size)
-    return group[codeword.argsort(stable=True)].int(), (counts.cumsum(0) - counts).int()
+    num_pieces = -(-counts // _SUMMED_AT_ONCE)
+    starts, first = counts.cumsum(0) - counts, num_pieces.cumsum(0) - num_pieces
+    owner = torch.arange(len(counts), device=device).repeat_interleave(num_pieces)
+    pieces = starts[owner] + _SUMMED_AT_ONCE * (torch.arange(len(owner), device=device) - first[owner])
+    return group[codeword.argsort(stable=True)].int(), pieces.int(), first.int()
 
 
 class _Divergence(torch.autograd.Function):
@@ -128,9 +139,9 @@ class TunableLinear(nn.Module):
         codes = unpack_codes(stored.codes, stored.nbits, stored.num_virtual_groups)
         self.register_buffer("codes", codes.int(), persistent=False)
         self.register_buffer("channel_order", stored.channel_order.long(), persistent=False)
-        groups, first = groups_served(self.codes, *codebooks.shape[:2], stored.num_critical_groups)
-        self.register_buffer("groups", groups, persistent=False)
-        self.register_buffer("first_group", first, persistent=False)
+        served = groups_served(self.codes, *codebooks.shape[:2], stored.num_critical_groups)
+        for name, tensor in zip(("groups", "pieces", "first_piece"), served, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
         self.bias, self.conv1d = linear.bias, linear.conv1d
         self.train(linear.training)
 
@@ -139,7 +150,7 @@ class TunableLinear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         scales = self.start_scales * self.relative_scales
-        served = self.groups, self.first_group
+        served = self.groups, self.pieces, self.first_piece
         tokens = x.to(dtype).flatten(0, -2)
         y = _QuantizedProduct.apply(tokens, self._rounded(), scales, self.codes, self.channel_order, served)
         y = y.view(*x.shape[:-1], -1)
@@ -256,7 +267,10 @@ class Trainer:
         """
         self.parameters, self.steps, self.peak = parameters, steps, peak
         rates = [1.0] * len(parameters) if rates is None else rates
-        groups = [{"params": [p], "rate": rate} for p, rate in zip(parameters, rates, strict=True)]
+        by_rate: dict[float, list[nn.Parameter]] = {}  # Adam runs kernels for each of its groups
+        for parameter, rate in zip(parameters, rates, strict=True):
+            by_rate.setdefault(rate, []).append(parameter)
+        groups = [{"params": params, "rate": rate} for rate, params in by_rate.items()]
         self.optimizer = torch.optim.Adam(groups, lr=peak, betas=(0.9, 0.95))
 
     def step(self, number: int, loss: Tensor | None) -> float:

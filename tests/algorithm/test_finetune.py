@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from crvq_hf import CRVQLinear
+from crvq_hf import CRVQLinear, finetune
 from crvq_hf.finetune import (
     Trainer,
     TunableLinear,
@@ -78,7 +78,9 @@ def reconstruct_by_definition(codebooks, scales, codes, order, critical):
 
 @pytest.mark.parametrize(("d", "extended", "critical"), [(4, 0, 0), (8, 1, 1), (8, 3, 2), (16, 2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_product_and_its_gradients_are_the_definition(d, extended, critical, dtype):
+@pytest.mark.parametrize("at_once", [1, 2, 64])
+def test_product_and_its_gradients_are_the_definition(d, extended, critical, dtype, at_once, monkeypatch):
+    monkeypatch.setattr(finetune, "_SUMMED_AT_ONCE", at_once)
     n, groups, size = 7, 4, 5
     x = torch.randn(9, groups * d, dtype=dtype, requires_grad=True)
     codebooks = torch.randn(1 + extended, size, d, dtype=dtype, requires_grad=True)
@@ -106,12 +108,18 @@ def test_product_gradcheck():
     )
 
 
-def test_groups_served_by_every_codeword():
+def cut(values, starts):
+    return [values[a:b].tolist() for a, b in zip(starts.tolist(), [*starts.tolist()[1:], len(values)], strict=True)]
+
+
+def test_groups_served_by_every_codeword(monkeypatch):
     codes = torch.tensor([[1, 0, 1, 2], [1, 1, 0, 2]], dtype=torch.uint8)  # three groups, one of them critical
-    groups, first = groups_served(codes, num_codebooks=2, codebook_size=4, critical=1)
-    ends = [*first.tolist()[1:], len(groups)]
-    found = [groups[start:end].tolist() for start, end in zip(first.tolist(), ends, strict=True)]
-    assert found == [[1, 5], [0, 2, 3, 4], [], [], [], [], [0, 3], []]
+    groups, pieces, first = groups_served(codes, num_codebooks=2, codebook_size=4, critical=1)
+    assert cut(groups, pieces[first[:2]]) == [[1, 5], [0, 2, 3, 4, 0, 3]]
+    monkeypatch.setattr(finetune, "_SUMMED_AT_ONCE", 3)
+    groups, pieces, first = groups_served(codes, num_codebooks=2, codebook_size=4, critical=1)
+    assert cut(groups, pieces) == [[1, 5], [0, 2, 3], [4], [0, 3]]
+    assert cut(torch.arange(len(pieces)), first) == [[0], [1, 2], [], [], [], [], [3], []]
 
 
 def test_gradients_of_a_tunable_linear_arrive_in_fp32_under_autocast():
