@@ -121,9 +121,10 @@ def run_gemm(x: Tensor, layer: Layer) -> Tensor:
 
 def run_dequantize(x: Tensor, layer: Layer) -> Tensor:
     from crvq_kernels.dequant import dequantize_weight
+    from crvq_kernels.reorder import reorder
 
     weight = dequantize_weight(*layer.tensors, *layer.constants, x.dtype, permuted=True)
-    return F.linear(x.index_select(1, layer.tensors[3].int()), weight)
+    return F.linear(reorder(x, layer.tensors[3]), weight)
 
 
 def run_linear(x: Tensor, layer: Layer) -> Tensor:
@@ -260,7 +261,7 @@ def time_kernels(plan: Plan, dtypes: list[torch.dtype], stamp: dict) -> list[dic
                     layers = ways[name][1]
                     table.append(kernel_row(stamp, shape, dtype, num_tokens, name, [v / len(layers) for v in values]))
                 graphs.clear()
-            chosen = {num_tokens: kernel_for(num_tokens, shape[0], 256) for num_tokens in plan.timed_tokens}
+            chosen = {num_tokens: kernel_for(num_tokens, *shape, 256) for num_tokens in plan.timed_tokens}
             print(f"\n{shape[0]} x {shape[1]}, {dtype}, microseconds\n{as_table(table, chosen)}", flush=True)
             rows += table
     return rows

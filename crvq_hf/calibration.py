@@ -11,13 +11,17 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from . import distributed
 from .config import CRVQConfig
+from .device import compute_device
 
 _HUB_DATASETS = ("wikitext2", "c4")
 # Sequences of end-to-end fine-tuning over `nsamples`, where the config leaves their number open.
 OPEN_E2E_FACTOR = 6
 # Sequences sampled together when the model writes its own text.
 _WRITING_BATCH = 32
+# Of a device's free memory, for the model to write there.
+_MEMORY_SHARE = 0.5
 
 
 def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> Tensor | None:
@@ -37,7 +41,8 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> 
     if longest is not None and config.seqlen > longest:
         raise ValueError(f"seqlen={config.seqlen} is more than the {longest} tokens the model takes; lower seqlen.")
     if config.dataset == "self":
-        return self_written_tokens(model, num_sequences(config), config.seqlen, config.seed)
+        with _moved_if_it_fits(model, compute_device(config.device)):
+            return self_written_tokens(model, num_sequences(config), config.seqlen, config.seed)
     if tokenizer is None:
         raise ValueError(f"dataset={config.dataset!r:.80} is text and needs a tokenizer; pass tokenizer=...")
     if config.dataset in _HUB_DATASETS and not Path(config.dataset).exists():
@@ -146,6 +151,21 @@ def _plain_sampling(model: nn.Module):
         yield
     finally:
         model.generation_config = before
+
+
+@contextmanager
+def _moved_if_it_fits(model: nn.Module, device: torch.device):
+    """Has the whole model on `device` while inside, unless that has too little free memory."""
+    home = model.device
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    if device.type == home.type or size > _MEMORY_SHARE * distributed.free_memory_bytes(device):
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
 
 
 @torch.no_grad()

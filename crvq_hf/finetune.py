@@ -81,7 +81,9 @@ def groups_served(
     n, device = len(codes), codes.device
     num_groups = codes.shape[1] - (num_codebooks - 1) * critical
     columns = [torch.arange(num_groups, device=device)] + [torch.arange(critical, device=device)] * (num_codebooks - 1)
-    books = torch.arange(num_codebooks, device=device).repeat_interleave(torch.tensor([len(c) for c in columns]))
+    books = torch.arange(num_codebooks, device=device).repeat_interleave(
+        torch.tensor([len(c) for c in columns], device=device)
+    )
     codeword = (codes.long() + codebook_size * books).flatten()
     group = (torch.arange(n, device=device)[:, None] * num_groups + torch.cat(columns)).flatten()
     counts = torch.bincount(codeword, minlength=num_codebooks * codebook_size)

@@ -21,6 +21,7 @@ ORDER = {
         "gemv",
         "gemm",
         "dequant",
+        "reorder",
         "ops",
         "__init__",
     ],

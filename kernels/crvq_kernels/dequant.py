@@ -90,8 +90,8 @@ def dequantize_weight(
     """Launches the dequantization kernel; arguments as in `reference.dequantize_ref`, but codes tiled.
 
     Args:
-        permuted: True for channels in the order of `channel_order` (multiply with `x.index_select(-1, channel_order)`,
-            the faster way), False for their original order.
+        permuted: True for channels in the order of `channel_order` (multiply with `reorder(x, channel_order)`, the
+            faster way), False for their original order.
 
     Returns:
         `[N, K]`, `dtype`.

@@ -205,7 +205,7 @@ def gemm(
     # fp16 codebooks are exact factors of fp16 products; what does not fit fp16 is multiplied in fp32.
     exact = x.dtype == torch.float32 or codebooks.dtype != torch.float16
     scaled = x.dtype == torch.bfloat16 and not exact
-    blocks = gemm_blocks(num_tokens, out_features, exact, torch.version.hip is not None)
+    blocks = gemm_blocks(num_tokens, out_features, in_group_size, exact, torch.version.hip is not None)
 
     width = num_padded_groups * in_group_size
     staged = torch.empty(num_tokens, width, dtype=torch.float32 if exact else torch.float16, device=x.device)

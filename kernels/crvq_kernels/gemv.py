@@ -1,4 +1,4 @@
-"""Decode kernel: a CRVQ linear layer for one or two tokens, with a table lookup for every code.
+"""Decode kernel: a CRVQ linear layer for one token, with a table lookup for every code.
 
 All output rows multiply the same `x`, so a slice of virtual groups needs only the products of `x` with every codebook
 row: a table, from which each output row then sums one entry per code. See "`gemv`" in `kernels/README.md`.
@@ -60,12 +60,13 @@ def load_codebook(
     PARTS: tl.constexpr,
     CODES: tl.constexpr,
     FACTOR: tl.constexpr,
+    REST: tl.constexpr,
 ):
     """Reads a codebook once for each part of a slice.
 
     Returns:
         `[PARTS * WIDTH, PARTS * CODES]`, FACTOR: column `2 * (PARTS * i + part) + j` holds codebook row `2 * i + j`
-        among the WIDTH rows of that part, and 0 elsewhere.
+        among the WIDTH rows of that part, and 0 elsewhere. With REST, what rounding that to FACTOR has left.
     """
     SHARE: tl.constexpr = WIDTH // GROUP  # codebook rows that are read together
     k = tl.arange(0, PARTS * WIDTH)[:, None]
@@ -76,6 +77,9 @@ def load_codebook(
     vectors = tl.load(codebooks_ptr + book * codebook_size * GROUP + element, mask=mask, other=0.0)
     if SHARE > 1:
         vectors = tl.where(k % WIDTH // GROUP == code % SHARE, vectors, 0.0)
+    if REST:
+        vectors = vectors.to(tl.float32)
+        vectors -= vectors.to(FACTOR).to(tl.float32)
     return vectors.to(FACTOR)
 
 
@@ -120,7 +124,6 @@ def gemv_kernel(
     order_ptr,
     bias_ptr,
     y_ptr,
-    M,
     N,
     K,
     row_tiles,
@@ -134,10 +137,9 @@ def gemv_kernel(
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     FACTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Computes BLOCK_M (1 or 2) tokens of BLOCK_N output rows, over `slices_per_program` slices of GROUPS groups.
+    """Computes BLOCK_N output rows of one of M tokens, over `slices_per_program` slices of GROUPS groups.
 
     x: `[M, K]`, tiles: `[slices, row_tiles, GROUPS, ROWS]` uint8, codebooks: `[num_codebooks, codebook_size, GROUP]`,
     scales and bias: `[N]`, order: `[K]`; all contiguous. y: `[M, N]`, or with SPLIT `[splits, M, N]` fp32, sums
@@ -146,14 +148,14 @@ def gemv_kernel(
     CODES: 2 to the number of bits, at least 16, at most 256. FACTORS: see `dot_factors`.
     """
     HALF_TYPE: tl.constexpr = tl.float16 if FACTORS == "fp16" else tl.bfloat16
-    FACTOR: tl.constexpr = HALF_TYPE if FACTORS == "fp16" or FACTORS == "bf16" else tl.float32
+    FACTOR: tl.constexpr = tl.float32 if FACTORS == "tf32" or FACTORS == "fp32" else HALF_TYPE
+    TWICE: tl.constexpr = FACTORS == "bf16x2"
     PRECISION: tl.constexpr = "tf32" if FACTORS == "tf32" else "ieee"
     WIDTH: tl.constexpr = 8 if GROUP < 8 else GROUP  # two groups fill the 16 columns that tl.dot needs
     PARTS: tl.constexpr = 1 if GROUP == 16 and FACTOR == tl.float32 else 2
     SIZE: tl.constexpr = BLOCK_N * GROUPS
     first_tile = tl.program_id(0) * (BLOCK_N // ROWS)
-    token = tl.program_id(2).to(tl.int64) * BLOCK_M
-    second = tl.minimum(token + 1, M - 1)  # of an odd M, the last token is computed and stored twice
+    token = tl.program_id(2).to(tl.int64)
     num_slices = tl.cdiv(num_virtual_groups, GROUPS)
     first_slice = tl.program_id(1) * slices_per_program
     end_slice = tl.minimum(first_slice + slices_per_program, num_slices)
@@ -165,77 +167,53 @@ def gemv_kernel(
     slice_words = row_tiles.to(tl.int64) * WORDS
     group = tl.arange(0, SIZE) // ROWS % GROUPS
 
-    x0_ptr = x_ptr + token * K
-    x1_ptr = x_ptr + second * K
-    base = load_codebook(codebooks_ptr, 0, codebook_size, GROUP, WIDTH, PARTS, CODES, FACTOR)
+    x_ptr += token * K
+    base = load_codebook(codebooks_ptr, 0, codebook_size, GROUP, WIDTH, PARTS, CODES, FACTOR, False)
+    base_rest = base
+    if TWICE:
+        base_rest = load_codebook(codebooks_ptr, 0, codebook_size, GROUP, WIDTH, PARTS, CODES, FACTOR, True)
     start = first_slice * GROUPS
     next_words = tl.load(words_ptr + first_slice * slice_words, mask=word_mask, other=0)
-    next_x0 = load_x(x0_ptr, order_ptr, start, 0, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR)
-    next_x1 = next_x0
-    if BLOCK_M == 2:
-        next_x1 = load_x(x1_ptr, order_ptr, start, 0, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR)
-    partial0 = tl.zeros([SIZE], dtype=tl.float32)
-    partial1 = tl.zeros([SIZE], dtype=tl.float32)
+    next_x = load_x(x_ptr, order_ptr, start, 0, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR)
+    partial = tl.zeros([SIZE], dtype=tl.float32)
     for index in range(first_slice, end_slice):
         words = next_words
-        x0 = next_x0
-        x1 = next_x1
+        x = next_x
         start = index * GROUPS
         if index + 1 < end_slice:
             # Loaded one slice ahead: a program has too few warps to wait for memory in every slice.
             next_words = tl.load(words_ptr + (index + 1) * slice_words, mask=word_mask, other=0)
-            next_x0 = load_x(
-                x0_ptr, order_ptr, start + GROUPS, 0, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR
+            next_x = load_x(
+                x_ptr, order_ptr, start + GROUPS, 0, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR
             )
-            if BLOCK_M == 2:
-                next_x1 = load_x(
-                    x1_ptr, order_ptr, start + GROUPS, 0, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR
-                )
 
-        products0 = tl.dot(x0, base, input_precision=PRECISION)
-        if BLOCK_M == 2:
-            products1 = tl.dot(x1, base, input_precision=PRECISION)
+        products = tl.dot(x, base, input_precision=PRECISION)
+        if TWICE:
+            products = tl.dot(x, base_rest, acc=products)
         end = tl.minimum(start + GROUPS, num_virtual_groups) - num_groups
         if end > 0:
             first_book = 1 + tl.maximum(start - num_groups, 0) // num_critical_groups
             end_book = 2 + (end - 1) // num_critical_groups
             for book in range(first_book, end_book):
-                codebook = load_codebook(codebooks_ptr, book, codebook_size, GROUP, WIDTH, PARTS, CODES, FACTOR)
-                x0 = load_x(
-                    x0_ptr, order_ptr, start, book, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR
-                )
-                products0 = tl.dot(x0, codebook, acc=products0, input_precision=PRECISION)
-                if BLOCK_M == 2:
-                    x1 = load_x(
-                        x1_ptr, order_ptr, start, book, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR
-                    )
-                    products1 = tl.dot(x1, codebook, acc=products1, input_precision=PRECISION)
+                codebook = load_codebook(codebooks_ptr, book, codebook_size, GROUP, WIDTH, PARTS, CODES, FACTOR, False)
+                rest = codebook
+                if TWICE:
+                    rest = load_codebook(codebooks_ptr, book, codebook_size, GROUP, WIDTH, PARTS, CODES, FACTOR, True)
+                x = load_x(x_ptr, order_ptr, start, book, num_groups, num_critical_groups, GROUP, WIDTH, PARTS, FACTOR)
+                products = tl.dot(x, codebook, acc=products, input_precision=PRECISION)
+                if TWICE:
+                    products = tl.dot(x, rest, acc=products)
 
         low = tl.join(words & 255, words >> 16 & 255)
         high = tl.join(words >> 8 & 255, words >> 24 & 255)
         codes = tl.reshape(tl.join(low, high), (SIZE,))  # bytes 0, 1, 2, 3 of each word
         entry = codes * GROUPS + group
-        partial0 += tl.gather(flatten_table(products0, CODES, PARTS), entry, axis=0)
-        if BLOCK_M == 2:
-            partial1 += tl.gather(flatten_table(products1, CODES, PARTS), entry, axis=0)
+        partial += tl.gather(flatten_table(products, CODES, PARTS), entry, axis=0)
 
     rows = first_tile * ROWS + tl.arange(0, BLOCK_N)
     row_mask = rows < N
-    y_ptr += tl.program_id(1).to(tl.int64) * M * N
-    store_rows(
-        y_ptr + token * N, sum_over_groups(partial0, BLOCK_N), scales_ptr, bias_ptr, rows, row_mask, HAS_BIAS, SPLIT
-    )
-    if BLOCK_M == 2:
-        store_rows(
-            y_ptr + second * N,
-            sum_over_groups(partial1, BLOCK_N),
-            scales_ptr,
-            bias_ptr,
-            rows,
-            row_mask,
-            HAS_BIAS,
-            SPLIT,
-        )
+    y_ptr += (tl.program_id(1) * tl.num_programs(2) + token) * N
+    store_rows(y_ptr, sum_over_groups(partial, BLOCK_N), scales_ptr, bias_ptr, rows, row_mask, HAS_BIAS, SPLIT)
 
 
 @triton.jit
@@ -274,7 +252,7 @@ def gemv(
     """Launches the decode kernel; arguments as in `reference.linear_ref`, but with tiled codes.
 
     Args:
-        x: `[M, K]`, `M >= 1`; made for M of 1 and 2, correct for more.
+        x: `[M, K]`, `M >= 1`; made for one token, correct for more.
         tiles: `[tiled_size(N, V, nbits)]`, uint8, see `packing.tile_codes`; aligned to 16 bytes to be fast.
         codebooks: `[num_codebooks, C, d]` with `C <= 256`.
 
@@ -293,7 +271,7 @@ def gemv(
     y = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
     split = blocks.splits > 1
     sums = torch.empty(blocks.splits, *y.shape, dtype=torch.float32, device=x.device) if split else y
-    grid = (triton.cdiv(out_features, blocks.rows), blocks.splits, triton.cdiv(num_tokens, blocks.tokens))
+    grid = (triton.cdiv(out_features, blocks.rows), blocks.splits, num_tokens)
     gemv_kernel[grid](
         x.contiguous(),
         tiles.contiguous(),
@@ -302,7 +280,6 @@ def gemv(
         channel_order.contiguous(),
         bias,
         sums,
-        num_tokens,
         out_features,
         in_features,
         triton.cdiv(out_features, ROW_MULTIPLE) * ROW_MULTIPLE // TILE_ROWS,
@@ -316,7 +293,6 @@ def gemv(
         HAS_BIAS=bias is not None,
         SPLIT=split,
         FACTORS=factors,
-        BLOCK_M=blocks.tokens,
         BLOCK_N=blocks.rows,
         num_warps=blocks.num_warps,
         num_stages=NUM_STAGES,
@@ -339,15 +315,19 @@ def gemv(
 
 
 def dot_factors(x_dtype: torch.dtype, codebook_dtype: torch.dtype) -> str:
-    """Names factors of `tl.dot` that hold both types without rounding: "fp16", "bf16", "tf32" or "fp32".
+    """Names factors of `tl.dot` that hold both types without rounding: "fp16", "bf16", "bf16x2", "tf32" or "fp32".
 
-    Two equal 16-bit types stay as they are. tf32 holds the values of both, so it serves when they differ, except on
-    AMD, which has fp32 matrix instructions.
+    Two equal 16-bit types stay as they are. With bfloat16 tokens an fp16 codebook is the sum of two bfloat16 ones,
+    "bf16x2". tf32 holds the values of both types, except on AMD, which has fp32 matrix instructions.
     """
+    hip = torch.version.hip is not None
     # The interpreter multiplies bf16 as integers, so there it is widened.
-    if x_dtype == codebook_dtype and x_dtype in _HALF_TYPES and not triton.knobs.runtime.interpret:
-        return _HALF_TYPES[x_dtype]
-    return "fp32" if torch.version.hip is not None or torch.float32 in (x_dtype, codebook_dtype) else "tf32"
+    if not triton.knobs.runtime.interpret:
+        if x_dtype == codebook_dtype and x_dtype in _HALF_TYPES:
+            return _HALF_TYPES[x_dtype]
+        if x_dtype == torch.bfloat16 and codebook_dtype == torch.float16 and not hip:
+            return "bf16x2"
+    return "fp32" if hip or torch.float32 in (x_dtype, codebook_dtype) else "tf32"
 
 
 @functools.cache

@@ -31,6 +31,7 @@ def implementation(
     device: torch.device | str,
     num_tokens: int,
     out_features: int = 4096,
+    in_features: int = 4096,
     codebook_size: int = 256,
     nbits: int = 8,
     dtype: torch.dtype = torch.float32,
@@ -46,7 +47,7 @@ def implementation(
     if _uses_triton(device):
         from .tuning import kernel_for
 
-        return f"triton: {kernel_for(num_tokens, out_features, codebook_size)}"
+        return f"triton: {kernel_for(num_tokens, out_features, in_features, codebook_size)}"
     if device.type == "cpu" and tiled and cpu.library() is not None:
         way = "tables" if cpu.uses_tables(num_tokens, out_features, nbits, dtype) else "dequantize + matmul"
         return f"cpu ({cpu.INSTRUCTIONS[cpu.library().level]}): {way}"
@@ -137,9 +138,8 @@ def _linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critica
     tokens = x.reshape(-1, x.shape[-1])
     if tokens.shape[0] == 0:
         return x.new_empty(shape)
-    name = implementation(
-        x.device, tokens.shape[0], scales.shape[0], codebooks.shape[1], nbits, x.dtype, codes.dim() == 1
-    )
+    sizes = tokens.shape[0], scales.shape[0], tokens.shape[1], codebooks.shape[1]
+    name = implementation(x.device, *sizes, nbits, x.dtype, codes.dim() == 1)
     _log_once(name)
     layer = (codes, codebooks, scales, channel_order)
     constants = (nbits, num_critical_groups)
@@ -167,10 +167,10 @@ def _linear_triton(name, tokens, layer, bias, nbits, num_critical_groups):
 
             return gemm(tokens, *layer, bias, *constants)
         from .dequant import dequantize_weight
+        from .reorder import reorder
 
         weight = dequantize_weight(*layer, *constants, tokens.dtype, permuted=True)
-        channel_order = layer[3].int()
-        return F.linear(tokens.index_select(1, channel_order), weight, None if bias is None else bias.to(tokens.dtype))
+        return F.linear(reorder(tokens, layer[3]), weight, None if bias is None else bias.to(tokens.dtype))
 
 
 def _dequantize(codes, codebooks, scales, channel_order, nbits, num_critical_groups, dtype):

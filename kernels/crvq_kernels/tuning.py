@@ -1,8 +1,8 @@
 """Which Triton kernel runs, and its block sizes, chosen by shape.
 
-The numbers keep a tile within the registers of its threads on every architecture the tests compile for. They have not
-been timed on a GPU. There is one pipeline stage on purpose: with more, Triton turns the codebook gather into
-asynchronous copies that bypass the L1 cache, where the codebooks live.
+The numbers keep a tile within the registers of its threads on every architecture the tests compile for, and are the
+fastest of those that were timed on an H100 (benchmarks/LOG.md). There is one pipeline stage on purpose: with more,
+Triton turns the codebook gather into asynchronous copies that bypass the L1 cache, where the codebooks live.
 """
 
 import functools
@@ -56,14 +56,12 @@ class GemvBlocks:
     """What one program of the lookup-table kernel does.
 
     Attributes:
-        tokens: rows of `x`, 1 or 2.
         rows: output rows.
         splits: programs that share the slices of the same rows; with more than 1, a second kernel adds them up.
         slices_per_program: slices of `packing.TILE_GROUPS` virtual groups.
         num_warps: warps per program.
     """
 
-    tokens: int
     rows: int
     splits: int
     slices_per_program: int
@@ -74,16 +72,17 @@ class GemvBlocks:
 # there are enough programs.
 _GEMV_WARPS = {
     128: 8,  # small layers; with 4 warps the table alone takes 64 registers of a thread
-    256: 8,  # 32 sums per thread; two tokens, 64 sums, still fit
-    512: 16,  # large layers, one token: 16 warps leave a thread 128 registers, too few for the sums of two
+    256: 8,
+    512: 16,  # large layers
 }
-# The rows to choose from, for one token and for two: those that compile without spills for every group size. With fp32
-# factors the table is made without matrix instructions, which takes the registers of the second token.
+# The rows to choose from, by factors: those that compile without spills for every group size. With fp32 factors the
+# table is made without matrix instructions.
 _GEMV_ROWS = {
-    "fp16": ((128, 256, 512), (128, 256)),
-    "bf16": ((128, 256, 512), (128, 256)),
-    "tf32": ((128, 256), (128, 256)),
-    "fp32": ((256,),),
+    "fp16": (128, 256, 512),
+    "bf16": (128, 256, 512),
+    "bf16x2": (128, 256, 512),
+    "tf32": (128, 256),
+    "fp32": (256,),
 }
 # Cycles in which the shared memory of a processor is busy, by the number of accesses: 32 lanes, one bank each.
 _TABLE_CYCLES = 800  # of a token and slice: 512 to store it, 128 to read the codebook, the rest for barriers
@@ -101,55 +100,67 @@ def gemv_blocks(
     Chosen is what keeps the busiest processor of the GPU busy for the shortest time, by the numbers above: a lookup is
     one access per 32 codes, and the sum over the lanes two per row and token. That is a model; nothing was timed.
     """
-    tokens = min(num_tokens, len(_GEMV_ROWS[factors]))
-    token_blocks = -(-num_tokens // tokens)
     best = None
-    for rows in _GEMV_ROWS[factors][tokens - 1]:
+    for rows in _GEMV_ROWS[factors]:
         row_blocks = -(-out_features // rows)
         for wanted_splits in range(1, min(num_slices, _MAX_SPLITS) + 1):
             slices = -(-num_slices // wanted_splits)
             splits = -(-num_slices // slices)
-            programs = -(-row_blocks * splits * token_blocks // num_processors)  # of the busiest processor
-            program = _START_CYCLES + tokens * (slices * (_TABLE_CYCLES + rows) + 2 * rows)
+            programs = -(-row_blocks * splits * num_tokens // num_processors)  # of the busiest processor
+            program = _START_CYCLES + slices * (_TABLE_CYCLES + rows) + 2 * rows
             cycles = programs * program + (_SECOND_KERNEL_CYCLES if splits > 1 else 0)
             if best is None or cycles < best[0]:
-                best = cycles, GemvBlocks(tokens, rows, splits, slices, _GEMV_WARPS[rows])
+                best = cycles, GemvBlocks(rows, splits, slices, _GEMV_WARPS[rows])
     return best[1]
 
 
-# Thresholds of `kernel_for`, by arithmetic for an H100, not by measurement: see "Which kernel" in kernels/README.md.
-_GEMV_MAX_TOKENS = 2  # a third token would be a second pass; the matrix kernel costs the same for up to 8
+# Thresholds of `kernel_for`, as measured on an H100: see "Which kernel" in kernels/README.md.
+_GEMV_FEW_CHANNELS = 2048  # up to here the start of a program and the second kernel are most of the time
 _GEMV_MAX_CODEBOOK = 256  # entries of a table that fits shared memory beside a second program
-_GEMM_MAX_TOKENS = 128  # codes are decoded once per 64; writing the dense weight costs as much as decoding 4 times
+_GEMM_MAX_TOKENS = (
+    128  # codes are decoded once per 64; writing the dense weight costs as much as decoding 2 to 4 times
+)
 
 
-def kernel_for(num_tokens: int, out_features: int, codebook_size: int) -> str:
+def kernel_for(num_tokens: int, out_features: int, in_features: int, codebook_size: int) -> str:
     """Returns what multiplies `num_tokens` rows of `x`: "gemv", "gemm" or "dequantize + matmul"."""
     # A table has to serve more rows than it has entries.
-    if num_tokens <= _GEMV_MAX_TOKENS and codebook_size <= min(_GEMV_MAX_CODEBOOK, out_features):
+    pays = in_features > _GEMV_FEW_CHANNELS and codebook_size <= min(_GEMV_MAX_CODEBOOK, out_features)
+    if num_tokens == 1 and pays:
         return "gemv"
     return "gemm" if num_tokens <= _GEMM_MAX_TOKENS else "dequantize + matmul"
 
 
-# Output rows of the matrix kernel's program: from this many rows on, 64 rows still make some programs per processor.
-_GEMM_MANY_ROWS = 16384
+# Programs of 64 rows that keep an H100, of 132 processors, busy.
+_GEMM_MANY_PROGRAMS = 192
+# Output rows up to which more programs, of half as many tokens, are better than fewer.
+_GEMM_FEW_ROWS = 2048
 
 
-def gemm_blocks(num_tokens: int, out_features: int, exact: bool, hip: bool) -> GemmBlocks:
+def gemm_blocks(num_tokens: int, out_features: int, in_group_size: int, exact: bool, hip: bool) -> GemmBlocks:
     """Returns the tile of the matrix kernel; `exact` for factors in fp32, `hip` for AMD GPUs.
 
     Splitting the virtual groups between the warps of a program, instead of between programs, fills the GPU without a
-    second kernel: 32 rows make 128 programs out of the 4096 rows of a small layer.
+    second kernel: 32 rows make 128 programs out of the 4096 rows of a small layer. 64 rows use what was read of `x`
+    twice as often, where there are enough of them.
     """
     if exact:  # multiply-adds of single numbers; with 8 warps nothing spills for any group size
         return GemmBlocks(tokens=16, rows=32, warps=4, num_warps=8)
     if hip:  # the smallest matrix instruction is 16 wide, and two of our 32 threads make a warp
         return GemmBlocks(tokens=16 if num_tokens <= 16 else 32, rows=32, warps=8, num_warps=4)
+
+    def many(tokens: int) -> bool:
+        return -(-out_features // 64) * -(-num_tokens // tokens) >= _GEMM_MANY_PROGRAMS
+
     tokens = next((size for size in (8, 16, 32) if num_tokens <= size), 64)
-    if tokens > 16:  # sums take 32 or 64 registers of a thread
-        return GemmBlocks(tokens=tokens, rows=32, warps=8, num_warps=8)
-    rows, warps = (64, 8) if out_features >= _GEMM_MANY_ROWS else (32, 16 if out_features <= 4096 else 8)
-    return GemmBlocks(tokens=tokens, rows=rows, warps=warps, num_warps=warps)
+    if tokens <= 16:
+        rows, warps = (64, 8) if many(tokens) else (32, 16)
+        return GemmBlocks(tokens, rows, warps, num_warps=warps)
+    if tokens == 64 and in_group_size < 16 and many(64):  # 128 sums and the codewords of a thread
+        return GemmBlocks(64, 64, 4, num_warps=4)
+    if many(32):
+        return GemmBlocks(32, 64, 4, num_warps=4)
+    return GemmBlocks(32 if out_features <= _GEMM_FEW_ROWS else tokens, 32, 8, num_warps=8)
 
 
 def stage_blocks(scaled: bool) -> StageBlocks:
@@ -163,3 +174,12 @@ def stage_blocks(scaled: bool) -> StageBlocks:
 def dequantize_blocks(in_group_size: int) -> DequantizeBlocks:
     """Returns the tile of the dequantization kernel: 64 values per thread, summed in registers."""
     return DequantizeBlocks(groups=128, thread_rows=64 // in_group_size, num_warps=4)
+
+
+# Shared memory for one token that every GPU has; a larger one is gathered by PyTorch.
+REORDER_MAX_BYTES = 65536
+
+
+def reorder_warps(channels: int) -> int:
+    """Returns the warps of the kernel that puts a token's channels in order: 16 to 64 channels a thread."""
+    return 4 if channels <= 4096 else 8 if channels <= 8192 else 16

@@ -9,7 +9,7 @@ import torch
 from tiny import TEXT, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from crvq_hf import CRVQConfig
+from crvq_hf import CRVQConfig, calibration
 from crvq_hf.calibration import calibration_tokens, num_sequences
 
 
@@ -127,6 +127,17 @@ def test_text_written_by_the_model(model):
     with torch.no_grad():
         losses = [float(model(rows, labels=rows).loss) for rows in (tokens, torch.randint(300, (40, 16)))]
     assert losses[0] < losses[1]
+
+
+@pytest.mark.parametrize(("free", "moves"), [(10**9, ["meta", "cpu"]), (1000, [])])
+def test_a_model_writes_on_the_device_if_it_fits_there(model, monkeypatch, free, moves):
+    went = []
+    monkeypatch.setattr(calibration.distributed, "free_memory_bytes", lambda device: free)
+    monkeypatch.setattr(model, "to", lambda device: went.append(device.type))
+    with pytest.raises(KeyError), calibration._moved_if_it_fits(model, torch.device("meta")):
+        assert went == moves[:1]
+        raise KeyError
+    assert went == moves
 
 
 def test_text_of_a_model_without_start_token():

@@ -20,6 +20,7 @@ from crvq_kernels.dequant import dequantize_weight
 from crvq_kernels.gemm import gemm
 from crvq_kernels.gemv import gemv
 from crvq_kernels.packing import num_virtual_groups, tiled_size
+from crvq_kernels.reorder import reorder
 from crvq_kernels.tuning import GemvBlocks
 from machine_code import problems, read_amdgcn, read_sass, table
 from triton.backends.compiler import GPUTarget
@@ -57,14 +58,19 @@ def linear_args(num_tokens, x_dtype, *layer_args, **more_layer_args):
 
 CASES = {
     "M=1 fp16 d8 e8": lambda: gemv(*linear_args(1, FP16)),
-    "M=2 fp16 d8 e8": lambda: gemv(*linear_args(2, FP16)),
-    "M=2 bf16 d16 e8": lambda: gemv(*linear_args(2, BF16, 16)),
     "M=1 bf16 d4 e8, small": lambda: gemv(*linear_args(1, BF16, 4, out_features=576, in_features=576, dtype=BF16)),
+    "M=1 bf16 d8 e8": lambda: gemv(*linear_args(1, BF16)),
+    "M=1 bf16 d16 e8": lambda: gemv(*linear_args(1, BF16, 16)),
     "M=1 fp32 d8 e8": lambda: gemv(*linear_args(1, FP32)),
     "M=4 fp16 d8 e8": lambda: gemm(*linear_args(4, FP16)),
+    "M=64 fp16 d8 e8, large": lambda: gemm(*linear_args(64, FP16, out_features=16384)),
+    "M=64 fp16 d16 e8, large": lambda: gemm(*linear_args(64, FP16, 16, out_features=16384)),
+    "M=8 fp16 d8 e8, large": lambda: gemm(*linear_args(8, FP16, out_features=16384)),
     "M=4 fp16 d8 e10": lambda: gemm(*linear_args(4, FP16, 8, 10)),
     "M=40 bf16 d16 e12": lambda: gemm(*linear_args(40, BF16, 16, 12)),
     "M=16 fp32 d4 e8": lambda: gemm(*linear_args(16, FP32, 4)),
+    "fp16 K=28672": lambda: reorder(torch.empty(9, 28672, dtype=FP16), torch.empty(28672, dtype=torch.int16)),
+    "fp32 K=576": lambda: reorder(torch.empty(9, 576), torch.empty(576, dtype=torch.int16)),
     "fp16 d8 e8": lambda: dequantize_weight(*layer(), FP16, permuted=True),
     "bf16 d16 e12": lambda: dequantize_weight(*layer(16, 12), BF16, permuted=True),
     "fp32 d4 e10, original order": lambda: dequantize_weight(*layer(4, 10), FP32, permuted=False),
@@ -104,9 +110,9 @@ def unaligned_gemv():
 
 
 def crowded_gemv():
-    blocks, gemv_module.gemv_blocks = gemv_module.gemv_blocks, lambda *args: GemvBlocks(2, 512, 1, 17, 16)
+    blocks, gemv_module.gemv_blocks = gemv_module.gemv_blocks, lambda *args: GemvBlocks(1024, 1, 17, 16)
     try:
-        gemv(*linear_args(2, FP16))
+        gemv(*linear_args(1, FP16))
     finally:
         gemv_module.gemv_blocks = blocks
 

@@ -47,16 +47,16 @@ def test_kernels_compile_into_good_code(compiled, target):
     """No spills, no narrow code loads, no gathers around the L1 cache, no shuffles in a main loop."""
     rows = [row for row in compiled if row["target"] == target and not row["mistake"]]
     kernels = {row["kernel"].removesuffix("_kernel") for row in rows}
-    assert kernels == {"gemv", "sum_splits", "stage", "gemm", "dequantize"}
+    assert kernels == {"gemv", "sum_splits", "stage", "gemm", "dequantize", "reorder"}
     assert {(row["case"], row["kernel"]): problems(row) for row in rows if problems(row)} == {}
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(("case", "lookups"), [("M=1 fp16 d8 e8", 32), ("M=2 fp16 d8 e8", 64)])
-def test_gemv_looks_each_code_up_once(compiled, target, case, lookups):
-    """A thread has 32 codes in two 128-bit words, and reads one number per code and token from shared memory."""
+@pytest.mark.parametrize("case", ["M=1 fp16 d8 e8", "M=1 bf16 d8 e8"])
+def test_gemv_looks_each_code_up_once(compiled, target, case):
+    """A thread has 32 codes in two 128-bit words, and reads one number per code from shared memory."""
     (row,) = [row for row in compiled if (row["target"], row["case"], row["kernel"]) == (target, case, "gemv_kernel")]
-    assert row["main_loop_lookups"] == lookups
+    assert row["main_loop_lookups"] == 32
     assert row["main_loop_loads"]["128"] == 2
     assert row["matrix_instructions"]
 

@@ -127,7 +127,7 @@ def test_shapes_can_be_chosen(bench, monkeypatch):
 
 def test_models_decode(bench, capsys):
     gpu_model = importlib.import_module("gpu_model")
-    rows = gpu_model.time_models(True, 8, {"gpu": "none"}, "cpu")
+    rows = gpu_model.time_models(True, 64, {"gpu": "none"}, "cpu")
     assert [row["way"] for row in rows] == ["dense", "crvq"]
     assert all(row["tokens_per_second"] > 0 and row["gpu"] == "none" for row in rows)
     model = gpu_model.random_model(True, "cpu")

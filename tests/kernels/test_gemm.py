@@ -50,7 +50,7 @@ def test_dtypes_with_other_group_sizes(make_layer, relative_error, tolerance, in
 def all_blocks():
     """Every tile that `gemm_blocks` can choose."""
     shapes = [(tokens, rows) for tokens in (8, 16, 32, 64, 2048) for rows in (576, 4096, 11008, 28672)]
-    options = [(exact, hip) for exact in (False, True) for hip in (False, True)]
+    options = [(8, exact, hip) for exact in (False, True) for hip in (False, True)]
     return list(dict.fromkeys(gemm_blocks(*shape, *option) for shape in shapes for option in options))
 
 
@@ -134,8 +134,32 @@ def test_tiles_fit_the_kernel():
 
 
 def test_kernel_for():
-    assert kernel_for(1, 4096, 256) == kernel_for(2, 4096, 256) == "gemv"
-    assert kernel_for(1, 255, 256) == "gemm"
-    assert kernel_for(1, 4096, 512) == kernel_for(3, 4096, 256) == kernel_for(128, 576, 4096) == "gemm"
-    assert kernel_for(129, 4096, 256) == "dequantize + matmul"
-    assert kernel_for(tuning._GEMM_MAX_TOKENS + 1, 4096, 4096) == "dequantize + matmul"
+    assert kernel_for(1, 4096, 4096, 256) == "gemv"
+    assert kernel_for(1, 255, 4096, 256) == kernel_for(1, 4096, 2048, 256) == kernel_for(1, 4096, 4096, 512) == "gemm"
+    assert kernel_for(2, 4096, 4096, 256) == kernel_for(128, 576, 576, 4096) == "gemm"
+    assert kernel_for(129, 4096, 4096, 256) == "dequantize + matmul"
+    assert kernel_for(tuning._GEMM_MAX_TOKENS + 1, 4096, 4096, 4096) == "dequantize + matmul"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "expected"),
+    [
+        (8, 4096, (8, 32, 16)),
+        (8, 14336, (8, 64, 8)),
+        (16, 8192, (16, 32, 16)),
+        (32, 4096, (32, 32, 8)),
+        (32, 14336, (32, 64, 4)),
+        (64, 2048, (32, 32, 8)),
+        (64, 4096, (64, 32, 8)),
+        (64, 14336, (64, 64, 4)),
+        (128, 4096, (32, 64, 4)),
+        (128, 8192, (64, 64, 4)),
+    ],
+)
+def test_blocks_are_those_that_were_fastest(tokens, rows, expected):
+    blocks = gemm_blocks(tokens, rows, 8, exact=False, hip=False)
+    assert (blocks.tokens, blocks.rows, blocks.warps) == expected and blocks.num_warps == blocks.warps
+
+
+def test_codewords_of_16_leave_no_room_for_64_rows_of_64_tokens():
+    assert gemm_blocks(64, 14336, 16, exact=False, hip=False) == gemm_blocks(32, 14336, 8, exact=False, hip=False)
