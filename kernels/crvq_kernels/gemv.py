@@ -1,4 +1,4 @@
-"""Decode kernel: a CRVQ linear layer for one token, with a table lookup for every code.
+"""Decode kernel: a CRVQ linear layer for one token or two, with a table lookup for every code.
 
 All output rows multiply the same `x`, so a slice of virtual groups needs only the products of `x` with every codebook
 row: a table, from which each output row then sums one entry per code. See "`gemv`" in `kernels/README.md`.
@@ -252,7 +252,7 @@ def gemv(
     """Launches the decode kernel; arguments as in `reference.linear_ref`, but with tiled codes.
 
     Args:
-        x: `[M, K]`, `M >= 1`; made for one token, correct for more.
+        x: `[M, K]`, `M >= 1`; each token has programs of its own, so it is made for one or two.
         tiles: `[tiled_size(N, V, nbits)]`, uint8, see `packing.tile_codes`; aligned to 16 bytes to be fast.
         codebooks: `[num_codebooks, C, d]` with `C <= 256`.
 

@@ -98,7 +98,8 @@ def gemv_blocks(
     """Returns how the lookup-table kernel is launched; `factors` as in `gemv.dot_factors`.
 
     Chosen is what keeps the busiest processor of the GPU busy for the shortest time, by the numbers above: a lookup is
-    one access per 32 codes, and the sum over the lanes two per row and token. That is a model; nothing was timed.
+    one access per 32 codes, and the sum over the lanes two per row and token. On an H100 programs take 2 to 3 times as
+    long as that, but of all choices none was faster by more than 1 % (8 layers and dtypes, benchmarks/LOG.md).
     """
     best = None
     for rows in _GEMV_ROWS[factors]:
@@ -115,6 +116,7 @@ def gemv_blocks(
 
 
 # Thresholds of `kernel_for`, as measured on an H100: see "Which kernel" in kernels/README.md.
+_GEMV_MAX_TOKENS = 2  # each has a table of its own
 _GEMV_FEW_CHANNELS = 2048  # up to here the start of a program and the second kernel are most of the time
 _GEMV_MAX_CODEBOOK = 256  # entries of a table that fits shared memory beside a second program
 _GEMM_MAX_TOKENS = (
@@ -126,13 +128,15 @@ def kernel_for(num_tokens: int, out_features: int, in_features: int, codebook_si
     """Returns what multiplies `num_tokens` rows of `x`: "gemv", "gemm" or "dequantize + matmul"."""
     # A table has to serve more rows than it has entries.
     pays = in_features > _GEMV_FEW_CHANNELS and codebook_size <= min(_GEMV_MAX_CODEBOOK, out_features)
-    if num_tokens == 1 and pays:
+    if num_tokens <= _GEMV_MAX_TOKENS and pays:
         return "gemv"
     return "gemm" if num_tokens <= _GEMM_MAX_TOKENS else "dequantize + matmul"
 
 
 # Programs of 64 rows that keep an H100, of 132 processors, busy.
 _GEMM_MANY_PROGRAMS = 192
+# Output rows up to which programs of a few tokens are so few that each needs 16 warps.
+_GEMM_WIDE_ROWS = 8192
 # Output rows up to which more programs, of half as many tokens, are better than fewer.
 _GEMM_FEW_ROWS = 2048
 
@@ -154,8 +158,8 @@ def gemm_blocks(num_tokens: int, out_features: int, in_group_size: int, exact: b
 
     tokens = next((size for size in (8, 16, 32) if num_tokens <= size), 64)
     if tokens <= 16:
-        rows, warps = (64, 8) if many(tokens) else (32, 16)
-        return GemmBlocks(tokens, rows, warps, num_warps=warps)
+        warps = 16 if out_features <= _GEMM_WIDE_ROWS else 8
+        return GemmBlocks(tokens, 64 if many(tokens) else 32, warps, num_warps=warps)
     if tokens == 64 and in_group_size < 16 and many(64):  # 128 sums and the codewords of a thread
         return GemmBlocks(64, 64, 4, num_warps=4)
     if many(32):

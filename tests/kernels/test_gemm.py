@@ -134,9 +134,9 @@ def test_tiles_fit_the_kernel():
 
 
 def test_kernel_for():
-    assert kernel_for(1, 4096, 4096, 256) == "gemv"
+    assert kernel_for(1, 4096, 4096, 256) == kernel_for(2, 4096, 4096, 256) == "gemv"
     assert kernel_for(1, 255, 4096, 256) == kernel_for(1, 4096, 2048, 256) == kernel_for(1, 4096, 4096, 512) == "gemm"
-    assert kernel_for(2, 4096, 4096, 256) == kernel_for(128, 576, 576, 4096) == "gemm"
+    assert kernel_for(3, 4096, 4096, 256) == kernel_for(128, 576, 576, 4096) == "gemm"
     assert kernel_for(129, 4096, 4096, 256) == "dequantize + matmul"
     assert kernel_for(tuning._GEMM_MAX_TOKENS + 1, 4096, 4096, 4096) == "dequantize + matmul"
 
@@ -145,6 +145,7 @@ def test_kernel_for():
     ("tokens", "rows", "expected"),
     [
         (8, 4096, (8, 32, 16)),
+        (8, 11008, (8, 32, 8)),
         (8, 14336, (8, 64, 8)),
         (16, 8192, (16, 32, 16)),
         (32, 4096, (32, 32, 8)),
