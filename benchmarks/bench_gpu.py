@@ -307,6 +307,12 @@ def installed(package: str) -> str:
         return ""
 
 
+def gpu_stamp() -> dict[str, str]:
+    """Returns what every row says of the machine and the code."""
+    stamp = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": installed("triton")}
+    return stamp | {"commit": commit()}
+
+
 def append(path: Path, rows: list[dict]) -> None:
     """Appends rows to a csv file, with a header if it is new."""
     path.parent.mkdir(exist_ok=True)
@@ -354,8 +360,7 @@ def main(arguments: list[str]) -> None:
             sys.exit("\n".join([*found, f"{len(found)} results are wrong; nothing is timed."]))
     if stages == ["correctness"]:
         return
-    stamp = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": installed("triton")}
-    stamp["commit"] = commit()
+    stamp = gpu_stamp()
     if "kernels" in stages:
         halves = [dtype for dtype in dtypes if dtype != torch.float32]
         for shape in plan.shapes:  # what is measured is kept, should a later one fail

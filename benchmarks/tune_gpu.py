@@ -1,0 +1,140 @@
+"""Times the tiles of the Triton kernels that `tuning.py` chooses from, on a GPU; appends to results/gpu_tiles.csv.
+
+    python benchmarks/tune_gpu.py
+    python benchmarks/tune_gpu.py --shapes 4096x4096 --dtypes fp16
+
+A row is a tile and a number of tokens; `chosen` says whether `tuning.py` would take it there. What is wrong is named,
+and not timed. The printed table has the fastest tile beside the one chosen.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import astuple
+
+import bench_gpu as bench
+import torch
+import torch.nn.functional as F
+from crvq_kernels import gemm as gemm_module
+from crvq_kernels import gemv as gemv_module
+from crvq_kernels import num_virtual_groups
+from crvq_kernels.packing import TILE_GROUPS
+from crvq_kernels.tuning import GemmBlocks, GemvBlocks
+from torch import Tensor
+
+SHAPES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336", "8192x28672", "2048x2048", "576x576", "1536x576")
+GEMV_ROWS_AND_WARPS = ((128, 8), (256, 8), (256, 16), (512, 8), (512, 16))
+SPLITS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+GEMM = {
+    GemmBlocks(8, 32, 8, 8): (1, 2, 8),
+    GemmBlocks(8, 32, 16, 16): (1, 2, 8),
+    GemmBlocks(8, 64, 8, 8): (1, 2, 8),
+    GemmBlocks(16, 32, 8, 8): (16,),
+    GemmBlocks(16, 32, 16, 16): (16,),
+    GemmBlocks(16, 64, 8, 8): (16,),
+    GemmBlocks(16, 64, 16, 16): (16,),
+    GemmBlocks(32, 32, 8, 8): (32, 64, 128),
+    GemmBlocks(32, 64, 4, 4): (32, 64, 128),
+    GemmBlocks(32, 64, 8, 8): (32, 64, 128),
+    GemmBlocks(64, 32, 8, 8): (64, 128),
+    GemmBlocks(64, 64, 4, 4): (64, 128),
+    GemmBlocks(64, 64, 8, 8): (64, 128),
+    GemmBlocks(128, 32, 8, 8): (128,),
+}
+REPEATS = 5
+
+
+@contextlib.contextmanager
+def tile(blocks: GemvBlocks | GemmBlocks) -> Iterator[str]:
+    """Makes the launchers use `blocks`; yields the name of the kernel they are for."""
+    module, name = (gemv_module, "gemv") if isinstance(blocks, GemvBlocks) else (gemm_module, "gemm")
+    attribute = f"{name}_blocks"
+    choose = getattr(module, attribute)
+    setattr(module, attribute, lambda *args: blocks)
+    try:
+        yield name
+    finally:
+        setattr(module, attribute, choose)
+
+
+def candidates(shape: tuple[int, int], dtype: torch.dtype, layer: bench.Layer) -> dict[int, list]:
+    """Returns the tiles to time by number of tokens, the one that `tuning.py` chooses first."""
+    out_features, in_features = shape
+    num_slices = -(-num_virtual_groups(in_features, 8, 4, layer.constants[1]) // TILE_GROUPS)
+    slices = {-(-num_slices // min(splits, num_slices)) for splits in SPLITS}
+    gemv = [
+        GemvBlocks(rows, -(-num_slices // some), some, warps)
+        for rows, warps in GEMV_ROWS_AND_WARPS
+        for some in sorted(slices)
+        if rows <= 2 * out_features
+    ]
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    factors = gemv_module.dot_factors(dtype, torch.float16)
+    tiles = {1: [gemv_module.gemv_blocks(1, out_features, num_slices, processors, factors), *gemv]}
+    for blocks, numbers in GEMM.items():
+        for tokens in numbers:
+            chosen = gemm_module.gemm_blocks(tokens, out_features, 8, False, False)
+            tiles.setdefault(tokens, []).extend([chosen, blocks])
+    return {tokens: list(dict.fromkeys(blocks)) for tokens, blocks in tiles.items()}
+
+
+def time_tile(blocks: GemvBlocks | GemmBlocks, x: Tensor, layers: list[bench.Layer], expected: Tensor) -> float | None:
+    """Returns the microseconds a layer takes with these blocks, None after naming what is wrong."""
+    with tile(blocks) as name:
+        try:
+            problem = bench.wrong(bench.OURS[name], x, layers[0], expected)
+            if problem is None:
+                seconds = bench.time_graphs({name: bench.capture(bench.OURS[name], x, layers)}, REPEATS)[name]
+                return statistics.median(seconds) / len(layers) * 1e6
+        except RuntimeError as error:  # of Triton too: it takes more than the GPU has
+            problem = f"{error}"
+    print(f"{blocks}, {len(x)} tokens: {problem:.200}", flush=True)
+    return None
+
+
+def time_tiles(shape: tuple[int, int], dtype: torch.dtype, stamp: dict) -> list[dict]:
+    """Times all tiles for a layer; prints a line per number of tokens and returns the rows."""
+    layers = [bench.random_layer(shape, "cuda")]
+    layers += [bench.random_layer(shape, "cuda") for _ in range(bench.num_layers(layers[0].nbytes) - 1)]
+    dense, rows = layers[0].dense(), []
+    print(f"\n{shape[0]} x {shape[1]}, {dtype}: tokens, chosen and its microseconds, fastest and its")
+    for tokens, tiles in candidates(shape, dtype, layers[0]).items():
+        x = torch.randn(tokens, shape[1], device="cuda").to(dtype)
+        timed = {blocks: time_tile(blocks, x, layers, F.linear(x.float(), dense)) for blocks in tiles}
+        timed = {blocks: time for blocks, time in timed.items() if time is not None}
+        chosen = {kind: next(blocks for blocks in tiles if type(blocks) is kind) for kind in map(type, tiles)}
+        for kind, choice in chosen.items():
+            own = {blocks: time for blocks, time in timed.items() if type(blocks) is kind}
+            best = min(own, key=own.get, default=None)
+            print(
+                f"{tokens:5}  {choice} {own.get(choice, float('nan')):.1f}  {best} {own.get(best, 0):.1f}", flush=True
+            )
+        rows += [
+            stamp
+            | {"out_features": shape[0], "in_features": shape[1], "dtype": str(dtype).removeprefix("torch.")}
+            | {"tokens": tokens, "kernel": type(blocks).__name__.removesuffix("Blocks").lower()}
+            | {"tile": "x".join(map(str, astuple(blocks))), "microseconds": round(time, 2)}
+            | {"chosen": int(blocks == chosen[type(blocks)])}
+            for blocks, time in timed.items()
+        ]
+    return rows
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="output x input features")
+    parser.add_argument("--dtypes", nargs="+", choices=("fp16", "bf16"), default=("fp16", "bf16"))
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        sys.exit("This script times GPU kernels and found no GPU to use.")
+    torch.manual_seed(0)
+    for dtype in args.dtypes:
+        for shape in args.shapes:
+            rows = time_tiles(tuple(map(int, shape.split("x"))), bench.DTYPES[dtype], bench.gpu_stamp())
+            bench.append(bench.RESULTS / "gpu_tiles.csv", rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
