@@ -30,6 +30,25 @@ def test_dry_run_checks_every_kernel(bench, monkeypatch, capsys):
     assert set(used) == {"gemv", "gemm", "dequantize + matmul"}
 
 
+def test_processes_share_the_checks(bench, capfd):
+    bench.main(["--dry-run", "--dtypes", "fp16", "bf16", "--jobs", "2"])
+    assert sorted(capfd.readouterr().out.splitlines()) == ["100x592 d16 e11: ok", *["72x80 d8 e8: ok"] * 2]
+
+
+def test_what_a_process_finds_wrong_is_told(bench, monkeypatch):
+    monkeypatch.setattr(bench, "check", wrong_in_a_process)
+    found = bench.check_in_processes(bench.TINY, [FP16, torch.bfloat16], "cpu", 2)
+    assert found == [
+        "((72, 80),) () [torch.float16]",
+        "((72, 80),) () [torch.bfloat16]",
+        "() ((16, 11),) [torch.float16, torch.bfloat16]",
+    ]
+
+
+def wrong_in_a_process(plan, dtypes, device):
+    return [f"{plan.shapes} {plan.formats} {dtypes}"]
+
+
 def wrong_values(x, layer):
     return bench_result(x, layer) * 1.01
 
