@@ -77,7 +77,7 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["crvq = crvq_hf.cli:main"],
+        "console_scripts": ["crvq = crvq_hf.commands.cli:main"],
         "torch.backends": ["crvq = crvq_autoload:install"],  # called by `import torch`
     },
     classifiers=[

@@ -39,7 +39,7 @@ from bench_quality import commit, cpu_name
 from crvq_kernels import cpu
 from torch import Tensor, nn
 
-from crvq_hf.linear import CRVQLinear
+from crvq_hf.modeling.linear import CRVQLinear
 from crvq_hf.quantized_weight import QuantizedWeight, num_critical_groups, order_dtype
 
 RESULTS = Path(__file__).parent / "results"

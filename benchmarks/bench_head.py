@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from crvq_hf.embedding import int8_linear, quantize_rows
+from crvq_hf.modeling.embedding import int8_linear, quantize_rows
 
 
 def milliseconds(call: Callable[[], object], times: int) -> float:

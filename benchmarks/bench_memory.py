@@ -20,8 +20,8 @@ def measure(blocks: int) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from crvq_hf.config import CRVQConfig
-    from crvq_hf.device import peak_memory_bytes
-    from crvq_hf.quantizer import quantize_model
+    from crvq_hf.pipeline.quantize_model import quantize_model
+    from crvq_hf.resources.device import peak_memory_bytes
 
     torch.manual_seed(0)
     config = LlamaConfig(

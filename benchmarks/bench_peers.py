@@ -20,8 +20,8 @@ results/peers.csv; rows that are there are skipped. A peer that fails is reporte
 
 Bits are the bytes a checkpoint must keep for the quantized layers (codes, scales, zero points, codebooks, orders),
 over their weights; all peers and `crvq quantize` quantize the same layers, and everything else stays in fp32.
-Perplexity is that of the dense model with the dequantized weights put in, in fp32, by `crvq_hf.evaluate`. CPU seconds
-are those of the whole process up to the dequantized weights, imports included.
+Perplexity is that of the dense model with the dequantized weights put in, in fp32, by `crvq_hf.evaluation`. CPU
+seconds are those of the whole process up to the dequantized weights, imports included.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def measure(name: str, model_folder: str, calibration: str, text: str, work: Pat
     import torch
     from transformers import AutoTokenizer
 
-    from crvq_hf.evaluate import perplexity, read_text_tokens
+    from crvq_hf.evaluation.perplexity import perplexity, read_text_tokens
 
     method, arguments, packages = PEERS[name]
     shared = peer_methods.Work(model_folder, calibration, work)

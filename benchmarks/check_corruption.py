@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from crvq_hf import CRVQConfig, quantize_model  # noqa: E402
-from crvq_hf.verify import verify  # noqa: E402
+from crvq_hf.checkpoint.verify import verify  # noqa: E402
 
 SECONDS = 60  # a load or check that takes longer hangs
 # Errors that tell a user what is wrong. Others, a KeyError inside transformers say, count only if `verify` is clear.

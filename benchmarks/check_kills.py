@@ -31,7 +31,7 @@ def quantize(dense: str, out: str) -> None:
     """Runs the command line in this process and exits."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     sys.stdout = sys.stderr = open(f"{out}.log", "a", buffering=1)
-    from crvq_hf.cli import main
+    from crvq_hf.commands.cli import main
 
     os._exit(main(["quantize", dense, out, "--dataset", f"{dense}/text.txt", *OPTIONS]))
 
@@ -56,7 +56,7 @@ class Runs:
     def __init__(self, dense: Path) -> None:
         self.dense = dense
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["crvq_hf.cli", "transformers.models.llama.modeling_llama"])
+        self.context.set_forkserver_preload(["crvq_hf.commands.cli", "transformers.models.llama.modeling_llama"])
 
     def start(self, out: Path) -> multiprocessing.Process:
         process = self.context.Process(target=quantize, args=(str(self.dense), str(out)))

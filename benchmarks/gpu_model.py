@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from crvq_hf.linear import CRVQLinear
+from crvq_hf.modeling.linear import CRVQLinear
 from crvq_hf.quantized_weight import num_critical_groups
 
 

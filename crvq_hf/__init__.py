@@ -1,6 +1,11 @@
 """CRVQ for transformers: importing this package registers the quantization method "crvq".
 
 Where it is installed nobody needs to, see `crvq_autoload`. The algorithm itself is loaded when a model is quantized.
+
+From the ground up: `algorithm` fits one layer, `quantized_weight` is what is stored of it, `config` has every knob.
+`modeling` are the layers of a quantized model, `resources` and `tuning` what `pipeline` needs to quantize a whole one.
+`checkpoint` reads files, `evaluation` measures, `sharing` tells others. `quantizer` connects all that to transformers,
+and `commands` to the command line. Imports go from the later to the earlier, which tests/test_layering.py checks.
 """
 
 from __future__ import annotations
@@ -10,21 +15,25 @@ from typing import Any
 
 from crvq_autoload import when_imported
 
-from .adapters import PEFT_TUNERS, refuse_merging
 from .config import CRVQConfig
+from .modeling.adapters import PEFT_TUNERS, refuse_merging
+from .moved import alias_moved_modules
 from .quantizer import register
 
-__version__ = "0.1.0"
-__all__ = ["CRVQConfig", "CRVQLinear", "QuantizedWeight", "quantize_model"]
+__version__ = "0.2.0"
+__all__ = ["CRVQConfig", "CRVQLinear", "QuantizedWeight", "quantize_model", "together", "write_report"]
 
 _LAZY = {
-    "CRVQLinear": "crvq_hf.linear",
+    "CRVQLinear": "crvq_hf.modeling.linear",
     "QuantizedWeight": "crvq_hf.quantized_weight",
-    "quantize_model": "crvq_hf.quantizer",
+    "quantize_model": "crvq_hf.pipeline.quantize_model",
+    "together": "crvq_hf.resources.distributed",
+    "write_report": "crvq_hf.sharing.report",
 }
 
 register()
 when_imported(PEFT_TUNERS, refuse_merging)
+alias_moved_modules()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""`python -m crvq_hf`."""
+"""`python -m crvq_hf`: the command line."""
 
 import sys
 
-from .cli import main
+from .commands.cli import main
 
 sys.exit(main())

@@ -16,7 +16,7 @@ from crvq_kernels import packing
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .quantize import LayerCodes
+    from .algorithm.fit import LayerCodes
 
 TENSOR_NAMES = ("weight", "weight_codebooks", "weight_scale", "weight_order")
 # An int8 codebook entry counts 32nds: a codebook of unit root mean square has entries up to about 4.

@@ -1,11 +1,19 @@
-"""Shared test setup: Triton interpreter without a GPU, seeds, hypothesis profile, poisoned allocations."""
+"""Shared test setup: offline, Triton interpreter without a GPU, seeds, and what the tests of several rooms need.
+
+transformers is imported by the fixtures that need it: the tests of the kernels do without.
+"""
 
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.utils._device
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
 if not torch.cuda.is_available():
     # Must be set before anything imports Triton: a kernel is bound to the interpreter when it is decorated.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -14,6 +22,11 @@ from hypothesis import settings  # noqa: E402
 
 settings.register_profile("crvq", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("crvq")
+
+
+ROOT = Path(__file__).parents[1]
+# Programs run with -E and -S: an install of the environment that the tests run in must not be found instead.
+PACKAGES = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +54,168 @@ def poisoned_empty(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def generator():
+    """Returns a function seed -> CPU generator."""
+    return lambda seed=0: torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def quiet():
+    """Shows no progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
+def precision(monkeypatch):
+    """Runs in fp32 wherever the tests run; returns a function to switch mixed precision on or off."""
+    from crvq_hf.pipeline import block_loop
+
+    def switch(bfloat16: bool) -> None:
+        monkeypatch.setattr(block_loop, "has_fast_bfloat16", lambda device_type: bfloat16)
+
+    switch(False)
+    return switch
+
+
+@pytest.fixture
+def quantize(tmp_path):
+    """Returns a function (model, work folder's name, **config fields) -> model, quantized."""
+    from whole_models import FIELDS
+
+    from crvq_hf import CRVQConfig, quantize_model
+
+    def quantize(model, work: str = "work", tokenizer=None, **fields):
+        return quantize_model(model, tokenizer, CRVQConfig(**FIELDS | fields, work_dir=tmp_path / work))
+
+    return quantize
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    from whole_models import use_small_steps
+
+    use_small_steps(monkeypatch.setattr)
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """Puts random codes in the place of what the pipeline finds; returns the list of its calls' arguments."""
+    from random_models import quantize_randomly
+
+    from crvq_hf.pipeline import quantize_model
+
+    calls = []
+
+    def quantize_blocks_(model, tokenizer, config):
+        calls.append((model, tokenizer, config))
+        quantize_randomly(model, tokenizer, config)
+
+    monkeypatch.setattr(quantize_model, "quantize_blocks_", quantize_blocks_)
+    return calls
+
+
+@pytest.fixture
+def make_weight():
+    """Returns a function (in_features, out_features, **config fields) -> random QuantizedWeight, 4 codebooks."""
+    from tiny import random_weight
+
+    from crvq_hf import CRVQConfig
+
+    return lambda in_features, out_features, **fields: random_weight(
+        CRVQConfig(**{"num_extended_codebooks": 3} | fields).layer_shape(in_features, out_features)
+    )
+
+
+@pytest.fixture
+def make_model():
+    """Returns a function (architecture, dtype, **config changes) -> random dense causal language model."""
+    from random_models import tiny_config
+    from transformers import AutoModelForCausalLM
+
+    def make(architecture: str, dtype: torch.dtype = torch.float32, **changes):
+        return AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def tokens():
+    return torch.arange(3, 27).view(2, 12)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """Folder of a quantized Llama of two layers; tests must not change it."""
+    from tiny import tiny_model, tiny_tokenizer
+
+    from crvq_hf import CRVQConfig, quantize_model
+
+    folder = tmp_path_factory.mktemp("ecosystem") / "tiny-crvq"
+    fields = {"nbits_per_codebook": 4, "block_finetune_epochs": 0, "e2e_finetune_epochs": 0}
+    config = CRVQConfig(dataset=None, work_dir=tmp_path_factory.mktemp("work"), **fields)
+    quantize_model(tiny_model(), config=config).save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """Folder with what `pip install` makes of this repository, built without the CPU kernel, which takes time."""
+    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "crvq_autoload.py"):
+        shutil.copy(ROOT / name, source)
+    for name in ("crvq_hf", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-build-isolation", "--target", str(site), str(source)]
+    done = subprocess.run(command, env={**os.environ, "CC": "/no/such/compiler"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return site
+
+
+@pytest.fixture(scope="session")
+def preamble():
+    """Returns a function (folder of an install) -> Python lines that put it before the environment's packages."""
+    return lambda site: f"import sys\nsys.path[:0] = [{str(site)!r}]\nsys.path += {PACKAGES!r}\n"
+
+
+@pytest.fixture
+def run_installed(preamble, tmp_path):
+    """Returns a function (folder of an install, code, **environment) -> finished process, output in its `stdout`."""
+
+    def run(site: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
+        file = tmp_path / "program.py"
+        file.write_text(preamble(site) + code)
+        return subprocess.run(
+            [sys.executable, "-E", "-S", file],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=250,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Folders of a dense and of its quantized model; tests must not change them."""
+    from made import make_quantized
+
+    return make_quantized(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    """A copy of the quantized model that a test may change."""
+    return shutil.copytree(made[1], tmp_path / "out")

@@ -95,7 +95,7 @@ def test_wheel_metadata(wheel):
     assert f"Version: {declared_version()}\n" in metadata
     assert "Requires-Dist: transformers<6,>=5.17" in metadata
     assert "Requires-Python: >=3.10" in metadata
-    assert "crvq = crvq_hf.cli:main" in read["entry_points.txt"]
+    assert "crvq = crvq_hf.commands.cli:main" in read["entry_points.txt"]
     assert "[torch.backends]\ncrvq = crvq_autoload:install" in read["entry_points.txt"]
 
 

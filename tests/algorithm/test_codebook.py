@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crvq_hf import codebook as module
-from crvq_hf.codebook import centroid_metrics, group_metrics, kmeans, nearest_codes
+from crvq_hf.algorithm import codebook as module
+from crvq_hf.algorithm.codebook import centroid_metrics, group_metrics, kmeans, nearest_codes
 
 
 def metrics_of(num_groups: int, d: int, generator: torch.Generator) -> torch.Tensor:

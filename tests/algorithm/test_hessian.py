@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crvq_hf.hessian import HessianAccumulator, damped
+from crvq_hf.algorithm.hessian import HessianAccumulator, damped
 
 # Small integers are exact in every float dtype, so that the accumulation is tested and not the rounding of inputs.
 INPUTS = torch.randint(-8, 9, (300, 24), generator=torch.Generator().manual_seed(1))

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crvq_hf.importance import channel_importance, channel_order
-from crvq_hf.quantize import fit_weight
+from crvq_hf.algorithm.fit import fit_weight
+from crvq_hf.algorithm.importance import channel_importance, channel_order
 
 
 @pytest.fixture

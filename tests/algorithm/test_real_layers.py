@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from crvq_hf import CRVQConfig
-from crvq_hf.quantize import fit_weight
+from crvq_hf.algorithm.fit import fit_weight
 from crvq_hf.quantized_weight import to_stored
+
+pytestmark = pytest.mark.usefixtures("precision", "quiet")
 
 SHAPES = {"blk.9.ffn_up.weight": (1536, 576), "blk.9.ffn_down.weight": (576, 1536)}
 

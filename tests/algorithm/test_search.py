@@ -7,9 +7,9 @@ from crvq_kernels.reference import dequantize_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crvq_hf import search
-from crvq_hf.quantize import refine_
-from crvq_hf.search import LayerFit, assemble, scatter, update_codebooks_, update_codes_, update_scales_
+from crvq_hf.algorithm import search
+from crvq_hf.algorithm.fit import refine_
+from crvq_hf.algorithm.search import LayerFit, assemble, scatter, update_codebooks_, update_codes_, update_scales_
 
 STEPS = {
     "codes": update_codes_,

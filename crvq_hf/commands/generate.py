@@ -1,0 +1,34 @@
+"""`crvq generate`: lets a model write."""
+
+import argparse
+
+from ..checkpoint.sources import load
+from .options import add_model_options
+
+HELP = "let a model write"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    add_model_options(parser)
+    parser.add_argument("--prompt", required=True, help="a message to a chat model, the start of a text for others")
+    parser.add_argument("--raw", action="store_true", help="take the prompt as the start of a text in any case")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the continuation of a prompt, greedy."""
+    if args.max_new_tokens < 1:
+        raise ValueError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    model, tokenizer = load(args.model, args.device, args.dtype)
+    if tokenizer.chat_template and not args.raw:
+        messages = [{"role": "user", "content": args.prompt}]
+        tokens = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        tokens = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
+    if tokens["input_ids"].numel() == 0:
+        raise ValueError("The prompt is empty; give some text.")
+    written = model.generate(**tokens.to(model.device), max_new_tokens=args.max_new_tokens, do_sample=False)
+    print(tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))

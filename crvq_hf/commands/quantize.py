@@ -1,0 +1,144 @@
+"""`crvq quantize`: a model into a new folder, on request with its perplexity before and after."""
+
+import argparse
+import hashlib
+import logging
+import os
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.info import read_info
+from ..checkpoint.sources import load
+from ..config import FIELDS, CRVQConfig
+from ..evaluation.perplexity import perplexity, read_text_tokens
+from ..resources import distributed
+from ..sharing.report import draw_if_possible, save_report
+from ..sharing.text import megabytes
+from .convert import convert, finished_report
+from .options import add_config_options
+
+logger = logging.getLogger("crvq")
+
+HELP = "quantize a model into a new folder; run again to resume"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id of a dense causal language model")
+    parser.add_argument("out", metavar="OUT", help="folder to make")
+    parser.add_argument("--gguf-file", metavar="FILE", help="read this GGUF file of MODEL")
+    add_config_options(parser)
+    group = parser.add_argument_group("evaluation")
+    text = "also measure the perplexity on this UTF-8 text, before and after, for the report"
+    group.add_argument("--evaluate", metavar="FILE", help=text)
+    for name, default, text in (("seqlen", 2048, "tokens per window"), ("windows", 10, "windows at most")):
+        options = {"type": int, "default": default, "metavar": "N", "help": f"{text} (default: {default})"}
+        group.add_argument(f"--evaluate-{name}", **options)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Quantizes, then prints how it went."""
+    fields = {name: value for name, value in vars(args).items() if name in FIELDS or name == "preset"}
+    if fields.get("dataset") == "none":
+        fields["dataset"] = None
+    with distributed.together(fields.get("device")):
+        config = CRVQConfig(**fields)
+        if args.evaluate is None:
+            report = convert(args.model, args.out, config, args.gguf_file)
+        else:
+            measurement = Measurement(args.evaluate, args.evaluate_seqlen, args.evaluate_windows, config.device)
+            report = convert_and_measure(args.model, args.out, config, args.gguf_file, measurement)
+    if distributed.rank():
+        return
+    print(summary(report))
+    print(f"{'checkpoint':<18} {megabytes(read_info(args.out).nbytes)} in {args.out}")
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Returns a few lines on how a run went."""
+    errors = {name: layer["relative_error"] for name, layer in report["layers"].items()}
+    mean, worst = sum(errors.values()) / len(errors), max(errors, key=errors.get)
+    seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report["seconds"].items())
+    rows = {
+        "layers": f"{len(errors)}",
+        "bits per weight": f"{report['bits_per_weight']:.3f} (stored, channel order counted)",
+        "relative error": f"{mean:.4f} on average, at worst {errors[worst]:.4f} in {worst}",
+        "calibration": f"{report['calibration_tokens']} tokens",
+        "seconds": f"{sum(report['seconds'].values()):.0f} ({seconds})",
+        "peak memory": megabytes(report["peak_memory_bytes"]),
+    }
+    if "evaluation" in report:
+        rows["perplexity"] = "{before[value]:.4f} before, {after[value]:.4f} after".format(**report["evaluation"])
+    return "\n".join(f"{title:<18} {value}" for title, value in rows.items())
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What to measure.
+
+    Attributes:
+        text: path of a UTF-8 text file.
+        seqlen: tokens per window.
+        windows: windows at most, from the start of the text.
+        device: to run on; cuda if present, else cpu.
+    """
+
+    text: str
+    seqlen: int = 2048
+    windows: int = 10
+    device: str | None = None
+
+
+def convert_and_measure(
+    source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: str | None, measurement: Measurement
+) -> dict[str, Any]:
+    """Does what `convert` does, and measures the perplexity of the dense and of the quantized model.
+
+    Both are measured with the weights as they are on disk. The dense model comes first, so that a text which cannot
+    be used is told before the long work. Where `out` is finished already, only what was not measured is.
+
+    Returns:
+        The report, also in `out`/report.json, with `evaluation`: `text`, `text_sha256`, `seqlen`, `windows`, `tokens`,
+        `device`, `dtype`, the `command`, and `value` and `seconds` of `before` and `after`.
+
+    Raises:
+        ValueError: as `convert`, `read_text_tokens` and `perplexity`.
+        OSError: as `convert`.
+    """
+    text = Path(measurement.text)
+    wanted = {"seqlen": measurement.seqlen, "most_windows": measurement.windows, "text_sha256": _sha256(text)}
+    finished = distributed.first(lambda: finished_report(source, out, config, gguf_file))
+    found = (finished or {}).get("evaluation", {})
+    if all(found.get(key) == value for key, value in wanted.items()):
+        return convert(source, out, config, gguf_file)
+    before = distributed.first(lambda: _measure(source, gguf_file, measurement))
+    report = finished or convert(source, out, config, gguf_file)
+    after = distributed.first(lambda: _measure(os.fspath(out), None, measurement))
+    windows = ["--seqlen", str(measurement.seqlen), "--windows", str(measurement.windows)]
+    evaluation = {
+        "text": text.name,
+        **wanted,
+        **{key: after[key] for key in ("windows", "tokens", "device", "dtype")},
+        "command": shlex.join(["crvq", "eval", "MODEL", "--text", text.name, *windows]),
+        "before": {key: before[key] for key in ("value", "seconds")},
+        "after": {key: after[key] for key in ("value", "seconds")},
+    }
+    report = {**report, "evaluation": evaluation}
+    distributed.first(lambda: (save_report(out, report), draw_if_possible(out)))
+    return report
+
+
+def _measure(source: str, gguf_file: str | None, measurement: Measurement) -> dict[str, Any]:
+    """Returns what `crvq eval --json` says."""
+    model, tokenizer = load(source, measurement.device, gguf_file=gguf_file)
+    tokens = read_text_tokens(tokenizer, measurement.text)
+    result = asdict(perplexity(model, tokens, measurement.seqlen, measurement.windows))
+    logger.info("Perplexity of %s: %.4f.", source, result["value"])
+    return {**result, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def _sha256(text: Path) -> str | None:
+    """Returns the hash of a file, None where there is none: reading its tokens then says so."""
+    return hashlib.sha256(text.read_bytes()).hexdigest() if text.is_file() else None

@@ -1,0 +1,151 @@
+"""Which layers of a model are quantized, and swapping them for `CRVQLinear` before a checkpoint is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import FINEST_GROUP, CRVQConfig
+from ..quantized_weight import QuantizedWeight
+from .blocks import find_blocks
+from .experts import find_fused_experts, unfuse_experts_
+from .linear import CRVQLinear
+
+
+def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Returns the layers that `config` quantizes and those that it leaves dense, in the order of the model.
+
+    Quantized is every `nn.Linear` (exactly that class) and every transformers `Conv1D` inside the decoder blocks.
+
+    Args:
+        model: a transformers model; fused experts are not looked into, see `crvq_hf.experts`.
+        config: says the group size and which modules to leave alone. While its `bits` are yet to be spent, layers
+            that the finest groups fit are among the quantized.
+
+    Returns:
+        linears: module by name.
+        skipped: reason by name, for every linear layer in the blocks that is left dense.
+
+    Raises:
+        ValueError: the model has no decoder blocks.
+    """
+    blocks_name, blocks = find_blocks(model)
+    patterns = config.modules_to_not_convert or []
+    weight_uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied_names = {*tied.keys(), *tied.values()}
+    in_float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    in_float32 += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+
+    multiple = config.in_group_size if config.bits is None else FINEST_GROUP
+    linears, skipped = {}, {}
+    for name, module in blocks.named_modules(prefix=blocks_name):
+        if not isinstance(module, (nn.Linear, Conv1D)) or isinstance(module, CRVQLinear):
+            continue
+        in_features, _ = linear_size(module)
+        if type(module) not in (nn.Linear, Conv1D):
+            skipped[name] = f"its class {type(module).__name__} may compute something else than nn.Linear"
+        elif is_named_by(name, patterns):
+            skipped[name] = "named in modules_to_not_convert"
+        elif weight_uses[id(module.weight)] > 1 or f"{name}.weight" in tied_names:
+            skipped[name] = "its weight is shared with another module"
+        elif is_named_by(name, in_float32):
+            skipped[name] = "the model keeps it in float32"
+        elif in_features % multiple != 0:
+            skipped[name] = f"its {in_features} input channels are no multiple of {multiple}"
+        else:
+            linears[name] = module
+    return linears, skipped
+
+
+def unfuse_experts_to_quantize_(model: nn.Module, config: CRVQConfig) -> None:
+    """Unfuses the experts of `model` that `config` does not leave dense."""
+    known, _ = find_fused_experts(model)
+    unfuse_experts_(model, [name for name in known if not is_named_by(name, config.modules_to_not_convert or [])])
+
+
+def unmatched_patterns(model: nn.Module, config: CRVQConfig) -> list[str]:
+    """Returns those of the config's `modules_to_not_convert` that name no module of `model`: typing errors, say."""
+    names = [name for name, _ in model.named_modules()]
+    patterns = config.modules_to_not_convert or []
+    return [pattern for pattern in patterns if not any(is_named_by(name, [pattern]) for name in names)]
+
+
+def replace_with_crvq_(model: nn.Module, names: Iterable[str], config: CRVQConfig) -> None:
+    """Puts a `CRVQLinear` on the meta device in the place of every named layer, ready for loading a checkpoint.
+
+    Args:
+        model: changed in place.
+        names: names of `nn.Linear` or `Conv1D` modules.
+        config: gives the layers their shapes.
+
+    Raises:
+        ValueError: `names` is empty.
+    """
+    names = list(names)
+    if not names:
+        raise ValueError(f"No layer of {type(model).__name__} is to be quantized; check modules_to_not_convert.")
+    for name in names:
+        dense = model.get_submodule(name)
+        bias = dense.bias
+        layer = CRVQLinear.from_shape(
+            config.layer_shape(*linear_size(dense)),
+            bias=bias is not None,
+            bias_dtype=None if bias is None else bias.dtype,
+            device=torch.device("meta"),
+        )
+        # Models' `_init_weights` would draw random numbers into the codes of a module that is not marked as done.
+        layer._is_hf_initialized = layer.weight._is_hf_initialized = True
+        _set_layer(model, name, layer)
+
+
+def set_quantized_(model: nn.Module, name: str, weight: QuantizedWeight) -> CRVQLinear:
+    """Replaces the dense layer `name` by one that holds `weight` and the dense layer's bias; returns the new layer."""
+    layer = CRVQLinear.from_quantized(weight, model.get_submodule(name).bias)
+    _set_layer(model, name, layer)
+    return layer
+
+
+def _set_layer(model: nn.Module, name: str, layer: CRVQLinear) -> None:
+    """Puts `layer` in the place of a dense layer, remembering what kind that was."""
+    dense = model.get_submodule(name)
+    layer.conv1d = isinstance(dense, Conv1D)
+    layer.train(dense.training)
+    model.set_submodule(name, layer)
+
+
+def to_dense(layer: CRVQLinear, dtype: torch.dtype) -> nn.Module:
+    """Returns the dense layer that `layer` approximates: an `nn.Linear`, or a `Conv1D` where it replaced one.
+
+    Args:
+        layer: left as it is.
+        dtype: of the new weight and bias.
+    """
+    weight = layer.dequantize(dtype)
+    with torch.device("meta"):
+        if layer.conv1d:
+            dense = Conv1D(layer.out_features, layer.in_features)
+            weight = weight.T.contiguous()
+        else:
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    dense.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    return dense.train(layer.training)
+
+
+def linear_size(module: nn.Module) -> tuple[int, int]:
+    """Returns (in_features, out_features) of an `nn.Linear` or a `Conv1D`, whose weight is stored transposed."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return module.in_features, module.out_features
+
+
+def is_named_by(name: str, patterns: Iterable[str]) -> bool:
+    """Returns whether a pattern, a name or a regex, matches one or more whole components of the dotted `name`."""
+    return any(re.search(rf"(?:^|\.)(?:{pattern})(?:\.|$)", name) for pattern in patterns)

@@ -1,0 +1,220 @@
+"""`quantize_blocks_`: a whole model, one decoder block on the compute device at a time, resumable.
+
+Two streams of hidden states run through the blocks: those of the full-precision model, the targets, and those of the
+quantized model, the inputs that every layer is calibrated on, so that later layers can make up for earlier ones.
+
+Of several processes (see `distributed`) each has its share of the sequences in both streams, and fits some of the
+layers of a stage. All have the same blocks, those that one process alone would make; the first writes.
+"""
+
+import logging
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from ..config import CRVQConfig
+from ..modeling.blocks import BlockRunner, find_blocks, kind_of
+from ..modeling.linear import CRVQLinear
+from ..modeling.replace import quantizable_linears, unmatched_patterns
+from ..resources import distributed
+from ..resources.device import compute_device, has_fast_bfloat16, peak_memory_bytes
+from ..resources.workfolder import WorkFolder
+from ..tuning.end_to_end import finetune_end_to_end_
+from .block_state import dtypes_of, load_block_, restore_dtypes_, tunable_state
+from .calibration import calibration_tokens
+from .fingerprint import default_work_dir, run_fingerprint
+from .quantize_block import quantize_block_
+from .run import Run, check_finite
+from .streams import batches, embed, share, steps
+
+logger = logging.getLogger("crvq")
+
+E2E_LEARNING_RATE = 2e-3  # found by measurement on SmolLM2-135M (benchmarks/LOG.md)
+
+
+def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> dict[str, Any]:
+    """Quantizes the linears of a model's decoder blocks in place.
+
+    Args:
+        model: a causal language model in eval mode, on one device.
+        tokenizer: for calibration text; see `calibration_tokens`.
+        config: see `CRVQConfig`. Without `work_dir`, finished blocks go to a folder under the Hugging Face cache.
+
+    Returns:
+        The report, JSON-able, also left at `model.crvq_report`: `bits_per_weight` (stored bits over the quantized
+        layers, order counted), `layers` (`relative_error`, `bits_per_weight`, `seconds` by name), `seconds` by phase,
+        `calibration_tokens` and `e2e_tokens` (how many were used before and in end-to-end fine-tuning),
+        `activation_bytes`, `peak_memory_bytes` (of several processes, of this one), `e2e_loss`.
+
+    Raises:
+        ValueError: no layer to quantize, no usable calibration text, NaN in weights or activations, a work folder of
+            another run, too little memory or disk for the activations.
+    """
+    device = compute_device(config.device)
+    blocks_name, blocks = find_blocks(model)
+    linears, skipped = quantizable_linears(model, config)
+    for pattern in unmatched_patterns(model, config):
+        logger.warning("modules_to_not_convert: %r matches no module of %s.", pattern, type(model).__name__)
+    for name, reason in skipped.items():
+        logger.warning("%s stays dense: %s.", name, reason)
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
+    prefixes = [f"{blocks_name}.{i}." for i in range(len(blocks))]
+    by_block = [[n.removeprefix(p) for n in linears if n.startswith(p)] for p in prefixes]
+    _check_weights(linears)
+    fingerprint = run_fingerprint(model, tokenizer, config)
+    with WorkFolder(config.work_dir or default_work_dir(fingerprint), fingerprint) as work:
+        logger.info("Finished blocks are kept in %s.", work.path)
+        bfloat16 = _precision(work, device)
+        run = Run(model, config, device, bfloat16, by_block, blocks_name, blocks, work)
+        start = time.perf_counter()
+        tokens = _calibration(run, tokenizer)
+        run.timed("calibration", start)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            report = _quantize(run, tokens)
+    model.crvq_report = report
+    return report
+
+
+def _quantize(run: Run, tokens: Tensor | None) -> dict[str, Any]:
+    """Quantizes all blocks, then fine-tunes end to end; returns the report."""
+    run.runner = None if tokens is None else BlockRunner(run.model)
+    full, quantized = (None, None) if tokens is None else embed(run.runner, tokens, run.config, run.work)
+    activation_bytes = sum(distributed.gather(0 if full is None else full.nbytes + quantized.nbytes))
+    finished = sum(run.work.has(_block_file(index)) for index in range(len(run.blocks)))
+    if finished:
+        logger.info("%d of %d blocks are finished already; going on from there.", finished, len(run.blocks))
+    if finished == len(run.blocks):
+        quantized = None  # nothing is left to calibrate
+    bar = transformers_logging.tqdm(range(len(run.blocks)), desc="quantizing", unit="block")
+    for index in bar:
+        _advance(run, index, full, quantized)
+        if index >= finished:
+            _tell(run, index)
+        bar.set_postfix_str(f"{_bits(run):.3f} bits")
+    del quantized
+    losses, e2e_tokens = None, 0
+    if tokens is not None and run.config.e2e_finetune_epochs:
+        chosen = tokens[: run.config.e2e_nsamples or None]
+        e2e_tokens = chosen.numel()
+        own = share(chosen)
+        losses = _finetune_end_to_end(run, own, full[: len(own)])
+    return {
+        "bits_per_weight": _bits(run),
+        "layers": run.layers,
+        "seconds": run.seconds,
+        "calibration_tokens": 0 if tokens is None else tokens[: run.config.nsamples].numel(),
+        "e2e_tokens": e2e_tokens,
+        "activation_bytes": activation_bytes,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "e2e_loss": losses,
+    }
+
+
+def _block_file(index: int) -> str:
+    """Returns the name of a finished block in the work folder."""
+    return f"block_{index:04d}"
+
+
+def _tell(run: Run, index: int) -> None:
+    """Logs the relative errors of a block's layers, experts of one kind taken together, and the bits they take."""
+    kinds: dict[str, list[float]] = {}
+    for name in run.linears[index]:
+        kinds.setdefault(kind_of(name), []).append(run.layers[f"{run.blocks_name}.{index}.{name}"]["relative_error"])
+    errors = ", ".join(f"{kind.rpartition('.')[2]} {sum(e) / len(e):.3f}" for kind, e in kinds.items())
+    logger.info("%s.%d: relative error %s.", run.blocks_name, index, errors or "none, no layer to quantize")
+
+
+def _bits(run: Run) -> float:
+    """Returns the stored bits per weight over all layers quantized so far."""
+    layers = [module for module in run.blocks.modules() if isinstance(module, CRVQLinear)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return sum(8 * layer.quantized_weight().nbytes for layer in layers) / max(1, weights)
+
+
+def _advance(run: Run, index: int, full: Tensor | None, quantized: Tensor | None) -> None:
+    """Quantizes one block, or takes it from the work folder, and moves both streams past it, in place."""
+    block, name = run.blocks[index], _block_file(index)
+    home = next(block.parameters()).device
+    dtypes = dtypes_of(block)
+    block.to(run.device, torch.float32)
+    if full is not None:
+        _move_stream(run, index, full)
+    saved = run.work.load(name)
+    if saved is None:
+        quantize_block_(run, index, quantized, full if full is None else full[: len(quantized)])
+        restore_dtypes_(block, dtypes)
+        lines = {key: run.layers[f"{run.blocks_name}.{index}.{key}"] for key in run.linears[index]}
+        run.work.save(name, tunable_state(block), {"layers": lines, "seconds": run.seconds})
+    else:
+        tensors, note = saved
+        lines, run.seconds = note["layers"], note["seconds"]
+        load_block_(block, run.linears[index], tensors, run.config, run.device)
+        restore_dtypes_(block, dtypes)
+        run.layers.update({f"{run.blocks_name}.{index}.{key}": line for key, line in lines.items()})
+    if quantized is not None:
+        block.to(run.device, torch.float32)
+        _move_stream(run, index, quantized)
+        restore_dtypes_(block, dtypes)
+    block.to(home)
+
+
+@torch.no_grad()
+def _move_stream(run: Run, index: int, stream: Tensor) -> None:
+    """Overwrites hidden states before block `index` with those after it."""
+    start = time.perf_counter()
+    for hidden in batches(stream):
+        hidden.copy_(run.run_block(index, hidden))
+    check_finite(stream, f"{run.blocks_name}.{index}", "output")
+    run.timed("running blocks", start)
+
+
+def _finetune_end_to_end(run: Run, tokens: Tensor, hidden: Tensor) -> dict[str, float]:
+    """Tunes the whole model on the compute device; returns first and last loss."""
+    home = next(run.model.parameters()).device
+    dtypes = dtypes_of(run.model)
+    for module in run.model.children():  # the model itself refuses to be cast once it is quantized
+        module.to(run.device, torch.float32)
+    losses, run.seconds["end-to-end fine-tuning"] = finetune_end_to_end_(
+        run.runner,
+        steps(tokens),
+        steps(hidden),
+        epochs=run.config.e2e_finetune_epochs,
+        peak=E2E_LEARNING_RATE,
+        seed=run.config.seed,
+        precision=run.precision,
+        work=run.work,
+    )
+    restore_dtypes_(run.model, dtypes)
+    run.model.to(home)
+    return losses
+
+
+def _calibration(run: Run, tokenizer: Any) -> Tensor | None:
+    """Returns the calibration tokens; those of the work folder if this run has chosen them before."""
+    saved = run.work.load("calibration")
+    if saved is not None:
+        return saved[0].get("tokens")
+    tokens = distributed.first(lambda: calibration_tokens(run.model, tokenizer, run.config))
+    run.work.save("calibration", {} if tokens is None else {"tokens": tokens})
+    return tokens
+
+
+def _precision(work: WorkFolder, device: torch.device) -> bool:
+    """Returns whether to run blocks in bfloat16: as this run began, else whether it is fast here."""
+    saved = work.load("precision")
+    if saved is None:
+        saved = {}, {"bfloat16": distributed.first(lambda: has_fast_bfloat16(device.type))}
+        work.save("precision", *saved)
+    return saved[1]["bfloat16"]
+
+
+@torch.no_grad()
+def _check_weights(linears: dict[str, nn.Module]) -> None:
+    """Raises ValueError naming the first layer with NaN or infinite weights."""
+    for name, module in linears.items():
+        check_finite(module.weight, name, "weight")

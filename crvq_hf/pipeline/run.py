@@ -1,0 +1,66 @@
+"""What the parts of one quantizing run share: the model, how and where to compute, and what is known so far."""
+
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..config import CRVQConfig
+from ..modeling.blocks import BlockRunner
+from ..resources.device import mixed_precision
+from ..resources.workfolder import WorkFolder
+
+
+@dataclass
+class Run:
+    """What one run needs everywhere.
+
+    Attributes:
+        model: being quantized.
+        config: how.
+        device: compute device.
+        bfloat16: whether blocks run in mixed precision.
+        linears: names of the layers to quantize, relative to their block, by block.
+        blocks_name: the name of `blocks` in the model.
+        blocks: the decoder blocks.
+        work: the work folder.
+        runner: runs the blocks; None without calibration text.
+        layers: report lines by layer name.
+        seconds: time by phase, what went on before this run was killed and is kept counted.
+    """
+
+    model: nn.Module
+    config: CRVQConfig
+    device: torch.device
+    bfloat16: bool
+    linears: list[list[str]]
+    blocks_name: str
+    blocks: nn.ModuleList
+    work: WorkFolder
+    runner: BlockRunner | None = None
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def timed(self, phase: str, start: float) -> None:
+        """Adds the time since `start` to a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def precision(self) -> AbstractContextManager:
+        """Returns the context that blocks are run and trained in."""
+        return mixed_precision(self.device, self.bfloat16)
+
+    def run_block(self, index: int, hidden: Tensor) -> Tensor:
+        """Returns the output of a block that is on the compute device, fp32."""
+        with self.precision():
+            return self.runner.run(index, hidden.to(self.device, torch.float32), self.device).float()
+
+
+def check_finite(tensor: Tensor, name: str, what: str) -> None:
+    """Raises ValueError if `what` of the module `name` holds NaN or infinite values."""
+    if not tensor.isfinite().all():
+        raise ValueError(
+            f"The {what} of {name} holds NaN or infinite values; check the model, or load it with dtype=torch.float32 "
+            "if half precision overflows."
+        )

@@ -1,0 +1,330 @@
+"""Embeddings and heads in 8 bits: what they compute, that they stay tied, and every way of saving and loading them."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import SIZES
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from crvq_hf import CRVQConfig, quantize_model
+from crvq_hf.checkpoint.info import read_info
+from crvq_hf.commands.info import describe
+from crvq_hf.modeling.embedding import Int8Embedding, Int8Head, dequantize_rows, int8_linear, quantize_rows
+
+pytestmark = pytest.mark.usefixtures("pipeline")
+
+EIGHT = CRVQConfig(dataset=None, embedding_bits=8)
+# Gemma's scaled embedding, GPT-2's position embedding, a scaled embedding as BART's, a head with a bias.
+CASES = {
+    "llama": {"tie_word_embeddings": False},
+    "llama tied": {"tie_word_embeddings": True},
+    "gemma3_text": {"head_dim": 8, "tie_word_embeddings": True},
+    "gpt2": {"n_inner": 64},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "xglm": {"ffn_dim": 64, "scale_embedding": True},
+    "phi": {},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+}
+
+
+@pytest.fixture
+def make():
+    """Returns a function (case of CASES, dtype) -> random dense model of 64 tokens and 32 channels."""
+
+    def make(case: str, dtype: torch.dtype = torch.float32):
+        config = AutoConfig.for_model(case.split()[0], **SIZES | CASES[case])
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+    return make
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    return model(tokens, use_cache=False).logits
+
+
+def assert_equal_checkpoints(folder, other) -> None:
+    first, second = ({k: v for f in d.glob("*.safetensors") for k, v in load_file(f).items()} for d in (folder, other))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_rows_are_within_half_a_step():
+    weight = torch.randn(50, 32) * torch.logspace(-3, 2, 50)[:, None]
+    weight[7] = 0
+    numbers, scales = quantize_rows(weight)
+    assert numbers.dtype == torch.int8 and scales.dtype == weight.dtype
+    assert torch.equal(scales, scales.half().float())
+    error = (dequantize_rows(numbers, scales, torch.float32) - weight).abs().amax(dim=1)
+    assert (error <= 0.51 * scales + 127 * scales * 2**-11).all()  # the scale is rounded to float16
+    assert (numbers[7] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_of_half_precision_models_survive_float16(dtype):
+    _, scales = quantize_rows(torch.randn(50, 32).to(dtype))
+    assert scales.dtype == dtype and torch.equal(scales.half().to(dtype), scales)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_rows_that_do_not_fit_are_refused(value):
+    weight = torch.randn(9, 8)
+    weight[3, 2] = value
+    with pytest.raises(ValueError, match="does not fit 8 bits.*embedding_bits=16"):
+        quantize_rows(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [(1,), (8,), (3, 7), (0,)], ids=str)
+def test_head_against_a_dense_product(dtype, tokens):
+    numbers, scales = quantize_rows(torch.randn(1500, 576))  # several chunks, the last one short
+    x = torch.randn(*tokens, 576).to(dtype)
+    found = int8_linear(x, numbers, scales)
+    expected = F.linear(x.double(), numbers.double() * scales.double()[:, None])
+    assert found.dtype == dtype and found.shape == (*tokens, 1500)
+    if found.numel():
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
+
+
+def test_gradients_pass_the_head():
+    numbers, scales = quantize_rows(torch.randn(100, 16))
+    x = torch.randn(5, 16, requires_grad=True)
+    int8_linear(x, numbers, scales).sum().backward()
+    torch.testing.assert_close(x.grad, dequantize_rows(numbers, scales, torch.float32).sum(0).expand(5, 16))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_model_computes_what_its_dequantized_embeddings_say(make, tokens, case):
+    model = quantize_model(make(case), config=EIGHT)
+    assert isinstance(model.get_input_embeddings(), Int8Embedding)
+    assert isinstance(model.get_output_embeddings(), Int8Head)
+    assert model.dtype == torch.float32
+    found = logits(model, tokens)
+    dense = copy.deepcopy(model).dequantize()
+    assert not any(isinstance(module, (Int8Embedding, Int8Head)) for module in dense.modules())
+    torch.testing.assert_close(logits(dense, tokens), found, rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_comes_back_bit_equal(make, tokens, tmp_path, case, dtype):
+    model = quantize_model(make(case, dtype), config=EIGHT)
+    expected = logits(model, tokens)
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        assert isinstance(embedding, Int8Embedding) and isinstance(head, Int8Head)
+        assert not any(p.requires_grad for part in (embedding, head) for p in part.parameters())
+        assert model.dtype == embedding.weight_row_scale.dtype == dtype
+        assert torch.equal(logits(model, tokens), expected)
+    assert_equal_checkpoints(tmp_path / "once", tmp_path / "twice")
+
+
+def test_tied_rows_are_stored_once_and_stay_tied(make, tmp_path):
+    model = quantize_model(make("llama tied"), config=EIGHT)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert not [name for name in stored if name.startswith("lm_head")]
+    assert stored["model.embed_tokens.weight"].dtype == torch.int8
+    assert stored["model.embed_tokens.weight_row_scale"].dtype == torch.float16
+    for tied in (model, AutoModelForCausalLM.from_pretrained(tmp_path), copy.deepcopy(model), model.bfloat16()):
+        assert tied.lm_head.weight is tied.model.embed_tokens.weight
+        assert tied.lm_head.weight_row_scale is tied.model.embed_tokens.weight_row_scale
+    state = model.state_dict()
+    assert model.load_state_dict(state) and "lm_head.weight_row_scale" not in state
+    dense = model.dequantize()
+    assert type(dense.lm_head) is torch.nn.Linear and type(dense.model.embed_tokens) is torch.nn.Embedding
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+
+
+def test_untied_head_has_rows_of_its_own(make, tmp_path):
+    model = quantize_model(make("llama"), config=EIGHT)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["lm_head.weight"].dtype == torch.int8 and stored["lm_head.weight_row_scale"].shape == (64,)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not loaded.lm_head.tied and loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+
+
+def test_position_embeddings_and_biases_stay(make, tmp_path):
+    gpt2 = quantize_model(make("gpt2"), config=EIGHT)
+    assert type(gpt2.transformer.wpe) is torch.nn.Embedding
+    phi = make("phi")
+    bias = torch.nn.init.normal_(phi.lm_head.bias).detach().clone()
+    quantize_model(phi, config=EIGHT).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(loaded.lm_head.bias, bias.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["llama tied", "gemma3_text"])
+def test_dtype_of_loading(make, tokens, tmp_path, case, dtype):
+    model = quantize_model(make(case), config=EIGHT)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.dtype == dtype and logits(loaded, tokens).dtype == dtype
+    assert loaded.get_input_embeddings().weight.dtype == torch.int8
+    with torch.no_grad():
+        moved = model.to(dtype).get_input_embeddings()
+        assert torch.equal(loaded.get_input_embeddings()(tokens), moved(tokens))
+    dense = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=dtype, quantization_config=CRVQConfig(dequantize=True)
+    )
+    assert type(dense.get_input_embeddings()).__name__ in ("Embedding", "Gemma3TextScaledWordEmbedding")
+    close = {torch.float32: 2e-3}.get(dtype, 5e-2)
+    torch.testing.assert_close(logits(dense, tokens), logits(loaded, tokens), rtol=close, atol=close)
+    dense.save_pretrained(tmp_path / "dense")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    assert torch.equal(logits(again, tokens), logits(dense, tokens))
+
+
+def test_format_version_follows_from_the_contents(make, tmp_path):
+    old, older = (CRVQConfig(dataset=None, codebook_bits=16, embedding_bits=bits) for bits in (8, 16))
+    for config, version in ((older, 1), (old, 2), (EIGHT, 3)):
+        folder = tmp_path / str(version)
+        quantize_model(make("llama"), config=config).save_pretrained(folder)
+        stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert stored["format_version"] == version and stored.get("embedding_bits", 16) == config.embedding_bits
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert file.metadata()["crvq_format_version"] == str(version)
+
+
+def test_info_counts_the_bytes(make, tmp_path):
+    model = quantize_model(make("llama tied"), config=EIGHT)
+    model.save_pretrained(tmp_path)
+    info = read_info(str(tmp_path))
+    assert "model.embed_tokens in 8 bits, 64 rows, 0.002 MB (2,176 bytes" in describe(info)  # 64 * 32 + 64 * 2
+    assert not any("embed_tokens" in name for name in info.dense)
+    plain = quantize_model(make("llama tied"), config=CRVQConfig(dataset=None))
+    plain.save_pretrained(tmp_path / "16")
+    assert read_info(str(tmp_path / "16")).bits_per_weight == info.bits_per_weight
+    assert "in 8 bits" not in describe(read_info(str(tmp_path / "16")))
+
+
+def test_other_heads_and_the_base_model(make, tokens, tmp_path):
+    model = quantize_model(make("llama"), config=EIGHT)
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(base(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert type(classifier.score) is torch.nn.Linear
+    assert isinstance(classifier.model.embed_tokens, Int8Embedding)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama tied"])
+def test_state_dict_without_files(make, tokens, tmp_path, case):
+    model = quantize_model(make(case), config=EIGHT)
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize("case", ["llama", "llama tied"])
+def test_sharded_and_on_disk(make, tokens, tmp_path, case):
+    model = quantize_model(make(case), config=EIGHT)
+    model.save_pretrained(tmp_path, max_shard_size="3KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
+    device_map = {"model.embed_tokens": "disk", "lm_head": "disk", "model.layers": "cpu", "model.norm": "cpu"}
+    device_map |= {"model.rotary_emb": "cpu"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert offloaded.model.embed_tokens.weight.is_meta
+    # Blocks run untiled beside a disk, so by other code.
+    torch.testing.assert_close(logits(offloaded, tokens), logits(model, tokens), rtol=1e-3, atol=1e-3)
+    offloaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == (case == "llama tied")
+    with pytest.raises(ValueError, match="whole model on one device"):
+        offloaded.dequantize()
+
+
+@pytest.mark.parametrize("case", ["llama tied", "gpt2"])
+def test_resizing_is_refused_until_dequantized(make, tmp_path, case):
+    model = quantize_model(make(case), config=EIGHT)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for one in (model, loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert one.resize_token_embeddings() is one.get_input_embeddings()
+        assert one.resize_token_embeddings(64, pad_to_multiple_of=32) is one.get_input_embeddings()
+        for arguments in ({"new_num_tokens": 70}, {"new_num_tokens": 40}, {"pad_to_multiple_of": 100}):
+            with pytest.raises(ValueError, match="cannot be resized .from 64 tokens to"):
+                one.resize_token_embeddings(**arguments)
+        with pytest.raises(ValueError, match="cannot be resized"):
+            one.base_model.resize_token_embeddings(70)
+    assert loaded.dequantize().resize_token_embeddings(70).weight.shape == (70, 32)
+
+
+def test_an_embedding_that_computes_something_else_stays_with_its_tied_head(make, tmp_path, caplog):
+    model = make("llama tied")
+
+    class Doubled(torch.nn.Embedding):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model.model.embed_tokens.__class__ = Doubled
+    quantize_model(model, config=EIGHT)
+    assert type(model.lm_head) is torch.nn.Linear and "Doubled stays as it is" in caplog.text
+    assert model.config.quantization_config.embedding_bits == 16
+    assert model.resize_token_embeddings(70).weight.shape == (70, 32)
+
+
+def test_generate_and_compile(make, tokens):
+    model = quantize_model(make("llama tied"), config=EIGHT)
+    cached = model.generate(tokens[:1], max_new_tokens=4, do_sample=False)
+    assert torch.equal(
+        model.generate(tokens[:1], max_new_tokens=4, do_sample=False, cache_implementation="static"), cached
+    )
+    compiled = torch.compile(model.lm_head, fullgraph=True, backend="eager")
+    x = torch.randn(2, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model.lm_head(x))
+        torch.testing.assert_close(
+            torch.compile(model.model.embed_tokens, fullgraph=True, backend="eager")(tokens),
+            model.model.embed_tokens(tokens),
+        )
+
+
+def change_tensors(folder, change) -> None:
+    from safetensors.torch import save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("model.embed_tokens.weight"), "lacks the tensor model.embed_tokens.weight"),
+        (lambda t: t.pop("model.embed_tokens.weight_row_scale"), "embedding_bits is 8, .* for nothing"),
+        (lambda t: t.update({"model.embed_tokens.weight_row_scale": torch.ones(3).half()}), "expected I8 .V, H. and"),
+        (lambda t: t["model.embed_tokens.weight_row_scale"][5].fill_(torch.nan), "row_scale holds NaN"),
+        (lambda t: t.update({"model.norm.weight_row_scale": torch.ones(32).half()}), "model.norm.weight is F32"),
+    ],
+    ids=["no weight", "no scales", "short scales", "nan", "not an embedding"],
+)
+def test_damage_is_named(make, tmp_path, change, words):
+    quantize_model(make("llama tied"), config=EIGHT).save_pretrained(tmp_path)
+    change_tensors(tmp_path, change)
+    with pytest.raises(ValueError, match=words):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_rows_without_the_config_saying_so(make, tmp_path):
+    quantize_model(make("llama tied"), config=EIGHT).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= {"embedding_bits": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="embedding_bits is 16, 8-bit rows are stored for model.embed_tokens"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,0 +1,34 @@
+"""Tiny random models of many architectures, and a stand-in for the algorithm: random codes and codebooks."""
+
+import transformers
+from tiny import SIZES, random_weight
+
+from crvq_hf.modeling.replace import linear_size, quantizable_linears, set_quantized_
+
+MOE = SIZES | {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+ARCHITECTURES = {
+    "llama": SIZES,
+    "opt": SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "mistral": SIZES,
+    "qwen3": SIZES | {"head_dim": 8},
+    "gemma3_text": SIZES | {"head_dim": 8, "tie_word_embeddings": True},
+    "phi3": SIZES,
+    "gpt_neox": SIZES,
+    "gpt2": GPT2 | {"bos_token_id": 1, "eos_token_id": 2},
+    "mixtral": MOE,
+    "qwen3_moe": MOE | {"head_dim": 8},
+}
+
+
+def tiny_config(architecture: str, **changes) -> transformers.PreTrainedConfig:
+    """Returns the config of a model of two layers and 32 channels."""
+    values = ARCHITECTURES[architecture] | changes
+    return transformers.AutoConfig.for_model(architecture, **values)
+
+
+def quantize_randomly(model, tokenizer, config) -> None:
+    """Does what `crvq_hf.pipeline.block_loop.quantize_blocks_` does, without looking at the weights."""
+    linears, _ = quantizable_linears(model, config)
+    for name, dense in linears.items():
+        set_quantized_(model, name, random_weight(config.layer_shape(*linear_size(dense))))
