@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .codebook import centroid_metrics, group_metrics
+from .codebook import centroid_metrics, first_largest, group_metrics
 
 # Columns whose updates of R are kept local until the block is done (as GPTQ's lazy batches).
 _BLOCK_COLUMNS = 64
@@ -127,7 +127,11 @@ def update_codes_(fit: LayerFit) -> None:
     scale = fit.scales[:, None]
     inverse_scale = torch.where(scale != 0, 1.0 / scale, torch.zeros_like(scale))
     metrics = group_metrics(fit.hessian, d)
-    half = 0.5 * torch.einsum("bcd,gde,bce->gbc", fit.codebooks, metrics, fit.codebooks)
+    # A score is one product: what a row wants and a one, with a codeword and minus half its own energy.
+    energies = -0.5 * torch.einsum("bcd,gde,bce->gbc", fit.codebooks, metrics, fit.codebooks)
+    factors = torch.cat([fit.codebooks.transpose(1, 2), energies[0, :, None]], 1)  # [1 + E, d + 1, C]
+    wanted, scores = scale.new_ones(len(scale), d + 1), scale.new_empty(len(scale), fit.codebooks.shape[1])
+    codes = fit.codes.T.contiguous()  # a group's codes lie together
     per_block = max(1, _BLOCK_COLUMNS // d)
     for first in range(0, num_groups, per_block):
         last = min(first + per_block, num_groups)
@@ -140,14 +144,16 @@ def update_codes_(fit: LayerFit) -> None:
             for book in range(num_codebooks if group < critical else 1):
                 virtual = group if book == 0 else num_groups + (book - 1) * critical + group
                 codebook = fit.codebooks[book]
-                old = codebook.index_select(0, fit.codes[:, virtual])
-                wanted = torch.addmm(local[:, here] * inverse_scale, old, metrics[group])
-                new_codes = torch.addmm(half[group, book], wanted, codebook.T, beta=-1).argmax(1)
+                old = codebook.index_select(0, codes[virtual])
+                wanted[:, :d] = torch.addmm(local[:, here] * inverse_scale, old, metrics[group])
+                factors[book, d] = energies[group, book]
+                new_codes = first_largest(torch.mm(wanted, factors[book], out=scores))
                 change = (codebook.index_select(0, new_codes) - old) * scale
-                fit.codes[:, virtual] = new_codes
+                codes[virtual] = new_codes
                 fit.quantized[:, group * d : (group + 1) * d] += change
                 local.addmm_(change, metric[here], alpha=-1)
         fit.gradient.addmm_(fit.quantized[:, columns] - before, fit.hessian[columns], alpha=-1)
+    fit.codes = codes.T.contiguous()
 
 
 def update_scales_(fit: LayerFit) -> None:
