@@ -231,8 +231,9 @@ def test_registering_twice_and_reloading():
 
 
 def test_the_package_exports_lazily():
-    assert crvq_hf.__version__ == "0.1.0"
-    assert {"CRVQConfig", "CRVQLinear", "QuantizedWeight", "quantize_model"} == set(crvq_hf.__all__)
+    assert crvq_hf.__version__ == "0.2.0"
+    names = {"CRVQConfig", "CRVQLinear", "QuantizedWeight", "quantize_model", "together", "write_report"}
+    assert names == set(crvq_hf.__all__)
     assert all(hasattr(crvq_hf, name) for name in crvq_hf.__all__)
     with pytest.raises(AttributeError, match="module 'crvq_hf' has no attribute 'nonsense'"):
         _ = crvq_hf.nonsense
@@ -254,7 +255,9 @@ try:
 except RuntimeError as error:
     print("without:", error)
 import crvq_hf
-assert not {{f"crvq_hf.{{room}}" for room in ("algorithm", "tuning", "pipeline")}} & set(sys.modules)
+[getattr(module, "__file__", None) for module in [*sys.modules.values()]]  # as debuggers and torch do
+rooms = ("algorithm", "commands", "evaluation", "pipeline", "sharing", "tuning")
+assert not {{f"crvq_hf.{{room}}" for room in rooms}} & set(sys.modules)
 model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
 print("with:", type(model.model.layers[0].mlp.up_proj).__name__)
 """)

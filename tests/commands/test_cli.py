@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from crvq_hf import CRVQConfig
 from crvq_hf.checkpoint import info
-from crvq_hf.commands import cli, convert, doctor
+from crvq_hf.checkpoint.headers import read_headers
+from crvq_hf.commands import convert, doctor, quantize
 from crvq_hf.commands.cli import main
+from crvq_hf.commands.options import NOT_OPTIONS
 from crvq_hf.config import FIELDS
 from crvq_hf.evaluation import perplexity as evaluate
 from crvq_hf.pipeline import quantize_block
@@ -126,7 +128,7 @@ def test_info_of_a_dense_model(dense, capsys):
 
 
 def test_info_of_the_hub_reads_headers_only(quantized, monkeypatch, capsys):
-    headers = info.read_headers(quantized)
+    headers = read_headers(quantized)
 
     class Api:
         def get_safetensors_metadata(self, name):
@@ -198,8 +200,8 @@ def test_every_field_is_an_option_with_its_default_and_help(capsys):
     assert exit.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
     for name, field in FIELDS.items():
-        assert (f"--{name.replace('_', '-')} " in printed) == (name not in cli.NOT_OPTIONS), name
-        if name not in (*cli.NOT_OPTIONS, "dataset"):
+        assert (f"--{name.replace('_', '-')} " in printed) == (name not in NOT_OPTIONS), name
+        if name not in (*NOT_OPTIONS, "dataset"):
             assert field.metadata["help"] in printed
             assert field.default is None or f"(default: {field.default})" in printed
 
@@ -227,7 +229,7 @@ def test_options_reach_the_config(options, fields, monkeypatch):
         given.append((source, out, config, gguf_file))
         raise ValueError("that is all")
 
-    monkeypatch.setattr(cli, "convert", record)
+    monkeypatch.setattr(quantize, "convert", record)
     assert main(["quantize", "model", "out", *options, "--gguf-file", "m.gguf"]) == 2
     assert given == [("model", "out", CRVQConfig(**fields), "m.gguf")]
 
@@ -276,7 +278,7 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
 
 
 def test_bugs_are_not_hidden(monkeypatch):
-    monkeypatch.setattr(cli, "examine", lambda device: 1 / 0)
+    monkeypatch.setattr(doctor, "examine", lambda device: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
 
@@ -285,7 +287,7 @@ def test_interrupt(monkeypatch, dense, tmp_path, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "convert", interrupt)
+    monkeypatch.setattr(quantize, "convert", interrupt)
     assert main(command(dense, tmp_path / "out")) == 130
     assert "the same command again continues" in capsys.readouterr().err
 

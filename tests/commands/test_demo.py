@@ -89,7 +89,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "documentation_texts", lambda: (text, text[::-1]))
     monkeypatch.setattr(demo, "SETTINGS", {"nsamples": 2, "seqlen": 16, "nbits_per_codebook": 4})
     monkeypatch.setattr(demo, "WINDOW_TOKENS", 32)
-    new_process, commands = demo._run, []
+    new_process, commands = demo._crvq, []
     canned = json.dumps({"value": 2.5, "tokens_per_second": 3.5, "tokens": 4, "dtype": "x", "device": "y"})
 
     def run(*arguments):
@@ -97,7 +97,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
         commands.append(arguments[0])
         return canned if arguments[1] == str(dense) else new_process(*arguments)
 
-    monkeypatch.setattr(demo, "_run", run)
+    monkeypatch.setattr(demo, "_crvq", run)
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     assert commands == ["eval", "eval", "generate", "generate"]
     printed = capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     size = sum(path.stat().st_size for path in (tmp_path / "demo/quantized").iterdir())
     assert rows["whole checkpoint"].endswith(f"  {size / 1e6:.3f} MB")
 
-    monkeypatch.setattr(demo, "_run", lambda *arguments: canned)
+    monkeypatch.setattr(demo, "_crvq", lambda *arguments: canned)
     report = tmp_path / "demo/quantized/report.json"
     report.unlink()
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
@@ -120,4 +120,4 @@ def test_a_process_that_fails_is_told(monkeypatch):
     failed = SimpleNamespace(returncode=2, stdout="", stderr="crvq: error: There is no folder\n")
     monkeypatch.setattr(demo.subprocess, "run", lambda command, **options: failed)
     with pytest.raises(ValueError, match="crvq eval failed: crvq: error: There is no folder"):
-        demo._run("eval", "./no-such-folder")
+        demo._crvq("eval", "./no-such-folder")

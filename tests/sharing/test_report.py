@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from crvq_hf import CRVQConfig
 from crvq_hf.checkpoint.breakdown import PARTS, break_down, shortest_endings
-from crvq_hf.commands import convert, measure
+from crvq_hf.commands import convert
+from crvq_hf.commands import quantize as measuring
 from crvq_hf.commands.cli import main
 from crvq_hf.modeling.experts import find_fused_experts, unfuse_experts_
 from crvq_hf.sharing import figures
@@ -336,7 +337,7 @@ def test_evaluate_measures_before_and_after(made, tmp_path, capsys, monkeypatch)
 
     # The same again has nothing to do; other windows are measured without quantizing again.
     with monkeypatch.context() as context:
-        context.setattr(measure, "_measure", None)
+        context.setattr(measuring, "_measure", None)
         context.setattr(convert, "quantize_model", None)
         assert main([*quantize, *evaluate]) == 0
     with monkeypatch.context() as context:
@@ -349,7 +350,7 @@ def test_evaluate_measures_before_and_after(made, tmp_path, capsys, monkeypatch)
 def test_a_measurement_that_was_interrupted_is_made_up_for(made, tmp_path, monkeypatch):
     dense, _ = made
     out, config = tmp_path / "out", CRVQConfig(dataset=None, **SETTINGS)
-    wanted, measure_one = measure.Measurement(str(dense / "text.txt"), 32, 2), measure._measure
+    wanted, measure_one = measuring.Measurement(str(dense / "text.txt"), 32, 2), measuring._measure
 
     def stop_after_quantizing(source, *args):
         if source == str(out):
@@ -357,12 +358,12 @@ def test_a_measurement_that_was_interrupted_is_made_up_for(made, tmp_path, monke
         return measure_one(source, *args)
 
     with monkeypatch.context() as context:
-        context.setattr(measure, "_measure", stop_after_quantizing)
+        context.setattr(measuring, "_measure", stop_after_quantizing)
         with pytest.raises(KeyboardInterrupt):
-            measure.convert_and_measure(str(dense), out, config, None, wanted)
+            measuring.convert_and_measure(str(dense), out, config, None, wanted)
     assert "evaluation" not in json.loads((out / "report.json").read_text())
     monkeypatch.setattr(convert, "quantize_model", None)
-    assert measure.convert_and_measure(str(dense), out, config, None, wanted)["evaluation"]["windows"] == 2
+    assert measuring.convert_and_measure(str(dense), out, config, None, wanted)["evaluation"]["windows"] == 2
 
 
 @pytest.mark.parametrize(

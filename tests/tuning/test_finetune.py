@@ -14,7 +14,7 @@ from torch import nn
 
 from crvq_hf import CRVQLinear
 from crvq_hf.quantized_weight import QuantizedWeight, normalised, order_dtype
-from crvq_hf.tuning import finetune
+from crvq_hf.tuning import tunable as module
 from crvq_hf.tuning.block import finetune_block_
 from crvq_hf.tuning.losses import distillation_loss, relative_loss
 from crvq_hf.tuning.trainer import Trainer, learning_rate, shuffled
@@ -75,7 +75,7 @@ def reconstruct_by_definition(codebooks, scales, codes, order, critical):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("at_once", [1, 2, 64])
 def test_product_and_its_gradients_are_the_definition(d, extended, critical, dtype, at_once, monkeypatch):
-    monkeypatch.setattr(finetune, "_SUMMED_AT_ONCE", at_once)
+    monkeypatch.setattr(module, "_SUMMED_AT_ONCE", at_once)
     n, groups, size = 7, 4, 5
     x = torch.randn(9, groups * d, dtype=dtype, requires_grad=True)
     codebooks = torch.randn(1 + extended, size, d, dtype=dtype, requires_grad=True)
@@ -111,7 +111,7 @@ def test_groups_served_by_every_codeword(monkeypatch):
     codes = torch.tensor([[1, 0, 1, 2], [1, 1, 0, 2]], dtype=torch.uint8)  # three groups, one of them critical
     groups, pieces, first = groups_served(codes, num_codebooks=2, codebook_size=4, critical=1)
     assert cut(groups, pieces[first[:2]]) == [[1, 5], [0, 2, 3, 4, 0, 3]]
-    monkeypatch.setattr(finetune, "_SUMMED_AT_ONCE", 3)
+    monkeypatch.setattr(module, "_SUMMED_AT_ONCE", 3)
     groups, pieces, first = groups_served(codes, num_codebooks=2, codebook_size=4, critical=1)
     assert cut(groups, pieces) == [[1, 5], [0, 2, 3], [4], [0, 3]]
     assert cut(torch.arange(len(pieces)), first) == [[0], [1, 2], [], [], [], [], [3], []]
