@@ -9,19 +9,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"crvq_kernels": ROOT / "kernels/crvq_kernels", "crvq_hf": ROOT / "crvq_hf"}
 
-# In each package, every file, from the ground up.
+# In each package, every file, from the ground up; a folder stands for its `__init__`.
 ORDER = {
     "crvq_kernels": [
         "packing",
         "reference",
         "portable",
+        "cpu.binding",
         "cpu",
-        "tuning",
-        "decode",
-        "gemv",
-        "gemm",
-        "dequant",
-        "reorder",
+        "gpu",
+        "gpu.tuning",
+        "gpu.decode",
+        "gpu.gemv",
+        "gpu.gemm",
+        "gpu.dequant",
+        "gpu.reorder",
         "ops",
         "__init__",
     ],
@@ -80,21 +82,27 @@ KERNEL_PACKAGES = {"torch", "triton"}
 ALGORITHM_PACKAGES = {"torch"}
 
 
-def imported(source: str, package: str) -> list[str]:
+def file_of(package: str, room: str) -> Path:
+    path = FOLDERS[package] / room.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def imported(source: str, folder: str) -> list[str]:
     """Returns the dotted names of all that a file imports, also inside functions, relative imports made absolute.
 
     Args:
-        source: text of a file of `package`, which has no subpackages.
-        package: its package.
+        source: text of the file.
+        folder: the package that it is in.
     """
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level <= 1, "a relative import that leaves its package"
-            base = ".".join(part for part in (package if node.level else "", node.module or "") if part)
-            names += [f"{base}.{alias.name}" if base in ORDER else base for alias in node.names]
+            above = folder.split(".")[: folder.count(".") + 2 - node.level] if node.level else []
+            assert above or not node.level, "a relative import that leaves its package"
+            base = ".".join([*above, *filter(None, [node.module])])
+            names += [f"{base}.{alias.name}" for alias in node.names]
     return names
 
 
@@ -102,12 +110,13 @@ def violations(source: str, package: str, room: str) -> list[str]:
     """Returns what a file imports against the rules."""
     wrong = []
     before = set(ORDER[package][: ORDER[package].index(room)])
-    for name in imported(source, package):
-        top, _, rest = name.partition(".")
-        target = rest.partition(".")[0]
+    path = file_of(package, room).parent.relative_to(FOLDERS[package])
+    for name in imported(source, ".".join([package, *path.parts])):
+        top, *rest = name.split(".")
         if top == package:
-            # What is no room (a name out of `__init__`) counts as `__init__` itself.
-            allowed = (target if target in ORDER[package] else "__init__") in before
+            # What is no room is a name out of one: the longest beginning that is one, or `__init__` itself.
+            beginnings = [".".join(rest[:length]) for length in range(len(rest), 0, -1)]
+            allowed = next((part for part in beginnings if part in ORDER[package]), "__init__") in before
         elif top == "crvq_kernels":
             allowed = True
         elif top in sys.stdlib_module_names:
@@ -125,14 +134,12 @@ def violations(source: str, package: str, room: str) -> list[str]:
 
 @pytest.mark.parametrize("package", FOLDERS)
 def test_every_file_has_its_place(package):
-    assert sorted(path.relative_to(FOLDERS[package]).as_posix() for path in FOLDERS[package].rglob("*.py")) == sorted(
-        f"{room}.py" for room in ORDER[package]
-    )
+    assert sorted(FOLDERS[package].rglob("*.py")) == sorted(file_of(package, room) for room in ORDER[package])
 
 
 @pytest.mark.parametrize(("package", "room"), [(package, room) for package in ORDER for room in ORDER[package]])
 def test_arrows_point_down(package, room):
-    source = (FOLDERS[package] / f"{room}.py").read_text(encoding="utf-8")
+    source = file_of(package, room).read_text(encoding="utf-8")
     assert violations(source, package, room) == []
 
 
@@ -142,6 +149,10 @@ def test_arrows_point_down(package, room):
         ("crvq_kernels", "packing", "import crvq_hf"),
         ("crvq_kernels", "packing", "from .ops import linear"),
         ("crvq_kernels", "ops", "import transformers.utils"),
+        ("crvq_kernels", "cpu.binding", "from ..gpu.tuning import kernel_for"),
+        ("crvq_kernels", "cpu.binding", "from . import library"),
+        ("crvq_kernels", "gpu.decode", "from .. import ops"),
+        ("crvq_kernels", "portable", "import crvq_kernels.cpu.binding"),
         ("crvq_hf", "search", "def f():\n    from transformers import AutoModel"),
         ("crvq_hf", "hessian", "from . import search"),
         ("crvq_hf", "config", "from crvq_hf import checkpoint"),

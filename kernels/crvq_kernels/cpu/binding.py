@@ -1,4 +1,4 @@
-"""The compiled CPU kernel (`cpu_kernel.c`): finding it, choosing its instruction set, calling it.
+"""The library that `cpu_kernel.c` makes: finding it, choosing its instruction set, calling it.
 
 The library is optional: without a C compiler at install time there is none, and the PyTorch code in `portable` runs
 instead. The environment variable CRVQ_CPU forces a choice: "vbmi", "avx2", "scalar", or "torch" for no library.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import num_virtual_groups, tiled_size
+from ..packing import num_virtual_groups, tiled_size
 
 INSTRUCTIONS = ("scalar", "avx2", "vbmi")  # numbered as in cpu_kernel.c, each better than the one before
 CHOICES = (*INSTRUCTIONS, "torch")

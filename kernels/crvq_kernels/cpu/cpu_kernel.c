@@ -1,4 +1,4 @@
-/* CRVQ linear layers on a CPU, straight from tiled codes (packing.py). Plain C, called through ctypes (cpu.py).
+/* CRVQ linear layers on a CPU, straight from tiled codes (packing.py). Plain C, called through ctypes (binding.py).
  *
  * A layer is y[n] = scale[n] * sum_v <codebook_of_v[code[n, v]], x_v> + bias[n] over V virtual groups. For one token
  * the products of group v with all codewords are a table, table[v][c] = <codebook_of_v[c], x_v>, made once for all N
@@ -46,7 +46,7 @@ enum {
     NEAR_BYTES = 32 * 1024,   /* fp32 tables in use at a time; they should stay in the L1 cache */
 };
 
-/* One call. cpu.py packs the same fields in the same order: first what changes from call to call. */
+/* One call. binding.py packs the same fields in the same order: first what changes from call to call. */
 typedef struct {
     const void *x; /* [tokens, in_features] */
     void *y;       /* [tokens, out_features]; dequantize: fp32 [row_count, in_features] */
@@ -906,5 +906,5 @@ EXPORT int crvq_instructions(void) {
     return SCALAR;
 }
 
-/* Size of the argument, so that cpu.py can refuse a library that was built from other sources. */
+/* Size of the argument, so that binding.py can refuse a library that was built from other sources. */
 EXPORT int crvq_call_size(void) { return (int)sizeof(crvq_call); }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = Path(__file__).parents[2] / "kernels/crvq_kernels"
+KERNELS = Path(__file__).parents[3] / "kernels/crvq_kernels/cpu"
 SOURCE = Path(__file__).with_name("sanitize.c")
 
 
