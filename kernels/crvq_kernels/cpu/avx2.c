@@ -2,6 +2,7 @@
 #include "avx2.h"
 
 #ifdef HAVE_X86
+#include <cpuid.h>
 #include <immintrin.h>
 
 #include "dense_rows.h"
@@ -11,8 +12,10 @@
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 
 int avx2_runs_here(void) {
+    unsigned a, b, c, d; /* clang 14 cannot be asked for f16c */
+    int f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
 }
 
 TARGET void avx2_read_floats(float *out, const void *data, int type, int64_t start, int64_t count) {
