@@ -26,7 +26,7 @@ clean:
 	rm -rf .venv build crvq-demo *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # torch comes first and by its exact version: a build that is at hand (CPU only, say) is then taken and kept.
-$(INSTALLED): setup.py pyproject.toml constraints.txt kernels/crvq_kernels/cpu_kernel.c
+$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/crvq_kernels/cpu/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'

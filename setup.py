@@ -1,9 +1,10 @@
-"""Packaging. The two packages are listed one by one: the folder `kernels/` is no package itself, nor may become one.
+"""Packaging. The packages are listed one by one: the folder `kernels/` is no package itself, nor may become one.
 
 Hugging Face has a package named `kernels`; an `__init__.py` in ours would hide it from everything started here.
 """
 
 import re
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,8 +31,9 @@ class BuildLibrary(build_ext):
 
 # Optional: where there is no compiler the installation succeeds without it, and PyTorch code does its work.
 CPU_KERNEL = Extension(
-    "crvq_kernels.libcrvq_cpu",
-    sources=["kernels/crvq_kernels/cpu_kernel.c"],
+    "crvq_kernels.cpu.libcrvq_cpu",
+    sources=sorted(glob("kernels/crvq_kernels/cpu/*.c", root_dir=ROOT)),
+    depends=sorted(glob("kernels/crvq_kernels/cpu/*.h", root_dir=ROOT)),
     extra_compile_args=["-std=gnu11", "-O3", "-pthread", "-fvisibility=hidden"],
     extra_link_args=["-pthread"],
     optional=True,
@@ -46,7 +48,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["crvq_hf", "crvq_kernels"],
+    packages=["crvq_hf", "crvq_kernels", "crvq_kernels.cpu", "crvq_kernels.gpu"],
     py_modules=["crvq_autoload"],
     package_dir={"crvq_hf": "crvq_hf", "crvq_kernels": "kernels/crvq_kernels"},
     ext_modules=[CPU_KERNEL],

@@ -111,20 +111,20 @@ class Way:
 
 
 def run_gemv(x: Tensor, layer: Layer) -> Tensor:
-    from crvq_kernels.gemv import gemv
+    from crvq_kernels.gpu.gemv import gemv
 
     return gemv(x, *layer.tensors, None, *layer.constants)
 
 
 def run_gemm(x: Tensor, layer: Layer) -> Tensor:
-    from crvq_kernels.gemm import gemm
+    from crvq_kernels.gpu.gemm import gemm
 
     return gemm(x, *layer.tensors, None, *layer.constants)
 
 
 def run_dequantize(x: Tensor, layer: Layer) -> Tensor:
-    from crvq_kernels.dequant import dequantize_weight
-    from crvq_kernels.reorder import reorder
+    from crvq_kernels.gpu.dequant import dequantize_weight
+    from crvq_kernels.gpu.reorder import reorder
 
     weight = dequantize_weight(*layer.tensors, *layer.constants, x.dtype, permuted=True)
     return F.linear(reorder(x, layer.tensors[3]), weight)
@@ -247,7 +247,7 @@ def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], repeats: int) -> dict[s
 
 def time_kernels(plan: Plan, dtypes: list[torch.dtype], stamp: dict) -> list[dict]:
     """Times every way at every number of tokens; prints a table per shape and dtype and returns the rows."""
-    from crvq_kernels.tuning import kernel_for
+    from crvq_kernels.gpu.tuning import kernel_for
 
     rows = []
     for shape in plan.shapes:

@@ -17,11 +17,11 @@ from dataclasses import astuple
 import bench_gpu as bench
 import torch
 import torch.nn.functional as F
-from crvq_kernels import gemm as gemm_module
-from crvq_kernels import gemv as gemv_module
 from crvq_kernels import num_virtual_groups
+from crvq_kernels.gpu import gemm as gemm_module
+from crvq_kernels.gpu import gemv as gemv_module
+from crvq_kernels.gpu.tuning import GemmBlocks, GemvBlocks
 from crvq_kernels.packing import TILE_GROUPS
-from crvq_kernels.tuning import GemmBlocks, GemvBlocks
 from torch import Tensor
 
 SHAPES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336", "8192x28672", "2048x2048", "576x576", "1536x576")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -70,8 +71,8 @@ def declared_version() -> str:
 def test_wheel_holds_all_modules_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {f"crvq_hf/{path.name}" for path in (ROOT / "crvq_hf").glob("*.py")}
-    modules |= {f"crvq_kernels/{path.name}" for path in (ROOT / "kernels/crvq_kernels").glob("*.py")}
-    library = {"crvq_kernels/libcrvq_cpu.so"} if COMPILER else set()
+    modules |= {path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels").rglob("*.py")}
+    library = {"crvq_kernels/cpu/libcrvq_cpu.so"} if COMPILER else set()
     assert {name for name in names if ".dist-info/" not in name} == modules | library | {"crvq_autoload.py"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -84,7 +85,17 @@ def test_without_a_compiler_the_wheel_has_no_library(source, tmp_path):
     run(command, cwd=source, env=environment)
     (file,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(file).namelist()
-    assert "crvq_kernels/cpu.py" in names and not any(name.endswith(".so") for name in names)
+    assert "crvq_kernels/cpu/binding.py" in names and not any(name.endswith(".so") for name in names)
+
+
+def test_sdist_holds_the_c_files(source, tmp_path):
+    """Headers too: they are no sources of the extension, which depends on them."""
+    run([sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)], cwd=source)
+    (file,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(file) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    c_files = {path.relative_to(source).as_posix() for path in (source / "kernels").rglob("*.[ch]")}
+    assert c_files and c_files <= names
 
 
 def test_wheel_metadata(wheel):

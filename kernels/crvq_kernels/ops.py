@@ -45,7 +45,7 @@ def implementation(
     """
     device = torch.device(device)
     if _uses_triton(device):
-        from .tuning import kernel_for
+        from .gpu.tuning import kernel_for
 
         return f"triton: {kernel_for(num_tokens, out_features, in_features, codebook_size)}"
     if device.type == "cpu" and tiled and cpu.library() is not None:
@@ -159,15 +159,15 @@ def _linear_triton(name, tokens, layer, bias, nbits, num_critical_groups):
     constants = (nbits, num_critical_groups)
     with torch.cuda.device_of(tokens):
         if name == "triton: gemv":
-            from .gemv import gemv
+            from .gpu.gemv import gemv
 
             return gemv(tokens, *layer, bias, *constants)
         if name == "triton: gemm":
-            from .gemm import gemm
+            from .gpu.gemm import gemm
 
             return gemm(tokens, *layer, bias, *constants)
-        from .dequant import dequantize_weight
-        from .reorder import reorder
+        from .gpu.dequant import dequantize_weight
+        from .gpu.reorder import reorder
 
         weight = dequantize_weight(*layer, *constants, tokens.dtype, permuted=True)
         return F.linear(reorder(tokens, layer[3]), weight, None if bias is None else bias.to(tokens.dtype))
@@ -179,7 +179,7 @@ def _dequantize(codes, codebooks, scales, channel_order, nbits, num_critical_gro
     layer = (codes, codebooks, scales, channel_order)
     constants = (nbits, num_critical_groups)
     if _uses_triton(codes.device):
-        from .dequant import dequantize_weight
+        from .gpu.dequant import dequantize_weight
 
         with torch.cuda.device_of(codes):
             return dequantize_weight(*_tiled(layer, *constants), *constants, dtype, permuted=False)

@@ -434,7 +434,7 @@ def test_doctor_names_the_path_and_checks_it(monkeypatch, capsys, choice):
     if choice is not None:
         monkeypatch.setenv("CRVQ_CPU", choice)
     cpu.library.cache_clear()
-    if choice == "scalar" and not cpu.FILE.exists():
+    if choice == "scalar" and not cpu.binding.FILE.exists():
         pytest.skip("no compiled kernel here")
     assert main(["doctor", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out

@@ -1,6 +1,8 @@
 """`crvq::linear` and `crvq::dequantize` on a CPU: every test on every way they can run there."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ class Path:
         return (*self.tensors(layer), layer.bias if bias else None, *layer.constants)
 
 
-@pytest.fixture(params=cpu.CHOICES)
+@pytest.fixture(params=cpu.binding.CHOICES)
 def path(request, choose_cpu):
     choose_cpu(request.param)
     return Path(request.param)
@@ -38,7 +40,7 @@ def path(request, choose_cpu):
 def steps(request, monkeypatch):
     """Runs a test with all rows in one step, and with as few as can be."""
     monkeypatch.setattr(portable, "_CODES_PER_STEP", request.param)
-    monkeypatch.setattr(cpu, "_WEIGHTS_PER_STEP", request.param)
+    monkeypatch.setattr(cpu.binding, "_WEIGHTS_PER_STEP", request.param)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 17])
@@ -261,6 +263,11 @@ def test_dequantize_refuses_other_dtypes(make_layer, path):
     layer = make_layer()
     with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16, got torch.int8"):
         dequantize(*path.tensors(layer), *layer.constants, torch.int8)
+
+
+def test_importing_the_package_needs_no_triton():
+    code = "import sys; sys.modules['triton'] = None; import crvq_kernels, crvq_kernels.gpu.tuning"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_hugging_face_kernels_package_is_not_shadowed():

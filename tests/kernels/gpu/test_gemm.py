@@ -6,9 +6,9 @@ from crvq_kernels import linear_ref, tuning
 from formats import FORMATS
 
 pytest.importorskip("triton")
-from crvq_kernels import gemm as gemm_module  # noqa: E402
-from crvq_kernels.gemm import gemm  # noqa: E402
-from crvq_kernels.tuning import gemm_blocks, kernel_for  # noqa: E402
+from crvq_kernels.gpu import gemm as gemm_module  # noqa: E402
+from crvq_kernels.gpu.gemm import gemm  # noqa: E402
+from crvq_kernels.gpu.tuning import gemm_blocks, kernel_for  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..packing import TILE_GROUPS, TILE_ROWS, high_bits, num_virtual_groups
 from .decode import load_code_words, load_pieces, unpack_codes
-from .packing import TILE_GROUPS, TILE_ROWS, high_bits, num_virtual_groups
 from .tuning import NUM_STAGES, gemm_blocks, stage_blocks
 
 

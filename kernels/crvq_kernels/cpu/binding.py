@@ -1,4 +1,4 @@
-"""The compiled CPU kernel (`cpu_kernel.c`): finding it, choosing its instruction set, calling it.
+"""The library that the C files beside this one make: finding it, choosing its instruction set, calling it.
 
 The library is optional: without a C compiler at install time there is none, and the PyTorch code in `portable` runs
 instead. The environment variable CRVQ_CPU forces a choice: "vbmi", "avx2", "scalar", or "torch" for no library.
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import num_virtual_groups, tiled_size
+from ..packing import num_virtual_groups, tiled_size
 
-INSTRUCTIONS = ("scalar", "avx2", "vbmi")  # numbered as in cpu_kernel.c, each better than the one before
+INSTRUCTIONS = ("scalar", "avx2", "vbmi")  # numbered as in instruction_set.h, each better than the one before
 CHOICES = (*INSTRUCTIONS, "torch")
 FILE = Path(__file__).with_name("libcrvq_cpu.so")
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-# crvq_call in cpu_kernel.c: what changes from call to call, and what belongs to the layer.
+# crvq_call in call.h: what changes from call to call, and what belongs to the layer.
 _CALL = struct.Struct("2P3q4i")
 _LAYER = struct.Struct("5P2q10i")
 _WEIGHTS_PER_STEP = 2**20  # dequantized at a time

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
-from crvq_kernels import gemv as gemv_module
-from crvq_kernels.dequant import dequantize_weight
-from crvq_kernels.gemm import gemm
-from crvq_kernels.gemv import gemv
+from crvq_kernels.gpu import gemv as gemv_module
+from crvq_kernels.gpu.dequant import dequantize_weight
+from crvq_kernels.gpu.gemm import gemm
+from crvq_kernels.gpu.gemv import gemv
+from crvq_kernels.gpu.reorder import reorder
+from crvq_kernels.gpu.tuning import GemvBlocks
 from crvq_kernels.packing import num_virtual_groups, tiled_size
-from crvq_kernels.reorder import reorder
-from crvq_kernels.tuning import GemvBlocks
 from machine_code import problems, read_amdgcn, read_sass, table
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver

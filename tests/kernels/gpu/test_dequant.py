@@ -6,7 +6,7 @@ from crvq_kernels import dequantize_ref
 from formats import FORMATS
 
 pytest.importorskip("triton")
-from crvq_kernels.dequant import dequantize_weight  # noqa: E402
+from crvq_kernels.gpu.dequant import dequantize_weight  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

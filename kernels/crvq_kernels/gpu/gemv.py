@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .packing import ROW_MULTIPLE, TILE_GROUPS, TILE_ROWS, num_virtual_groups
+from ..packing import ROW_MULTIPLE, TILE_GROUPS, TILE_ROWS, num_virtual_groups
 from .tuning import NUM_STAGES, gemv_blocks
 
 GROUPS = tl.constexpr(TILE_GROUPS)

@@ -1,8 +1,11 @@
 /* Runs the CPU kernel from several threads at once, for a sanitizer to watch. test_sanitizers.py builds and runs it.
  * Prints "done" if every result was the same for every number of threads. */
-#include "cpu_kernel.c"
-
+#include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
+
+#include "layer.h"
+#include "numbers.h"
 
 enum { ROWS = 320, CHANNELS = 1024, GROUP = 8, CRITICAL = 3, BOOKS = 4, CODEWORDS = 256, TOKENS = 5, CALLERS = 3 };
 

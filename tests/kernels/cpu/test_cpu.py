@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from crvq_kernels import cpu, dequantize_ref, linear, linear_ref, tile_codes
+from crvq_kernels.cpu import binding
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -194,7 +195,7 @@ def test_nothing_is_written_outside_the_result(make_layer, instructions):
     guarded = torch.full((3 * 100 + 64,), 7.0)
     args, x = tiled(layer), torch.randn(3, 72)
     numbers = (3, 0, 0, 0, cpu.library().level, 1, 0)
-    call = cpu._CALL.pack(x.data_ptr(), guarded[32:].data_ptr(), *numbers) + cpu.Layer(*args)._constants
+    call = binding._CALL.pack(x.data_ptr(), guarded[32:].data_ptr(), *numbers) + cpu.Layer(*args)._constants
     assert cpu.library().linear(call) == 0
     assert (guarded[:32] == 7).all() and (guarded[-32:] == 7).all()
     assert torch.equal(guarded[32:-32].view(3, 100), linear(x, *args))
@@ -215,37 +216,37 @@ def test_fake_and_vmapped_tensors_do_not_reach_the_kernel(make_layer, instructio
 
 
 def test_choice_by_environment(monkeypatch):
-    monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)
+    monkeypatch.setattr(binding, "library", binding.library.__wrapped__)
     monkeypatch.setenv("CRVQ_CPU", "fast")
     with pytest.raises(ValueError, match="CRVQ_CPU must be one of scalar, avx2, vbmi, torch or unset, got 'fast'"):
-        cpu.library()
+        binding.library()
     monkeypatch.setenv("CRVQ_CPU", " Torch ")
-    assert cpu.library() is None and "CRVQ_CPU" in cpu.why_not_better()
+    assert binding.library() is None and "CRVQ_CPU" in binding.why_not_better()
 
 
 def test_no_library_is_explained(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)
-    monkeypatch.setattr(cpu, "FILE", tmp_path / "libcrvq_cpu.so")
+    monkeypatch.setattr(binding, "library", binding.library.__wrapped__)
+    monkeypatch.setattr(binding, "FILE", tmp_path / "libcrvq_cpu.so")
     monkeypatch.delenv("CRVQ_CPU", raising=False)
-    assert cpu.library() is None
-    assert "no compiled kernel" in cpu.why_not_better() and "C compiler" in cpu.why_not_better()
+    assert binding.library() is None
+    assert "no compiled kernel" in binding.why_not_better() and "C compiler" in binding.why_not_better()
     monkeypatch.setenv("CRVQ_CPU", "scalar")
     with pytest.raises(ValueError, match="CRVQ_CPU asks for 'scalar', but there is no compiled kernel"):
-        cpu.library()
+        binding.library()
 
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
     class Other:
         def __init__(self, path):
-            self.crvq_call_size = lambda: cpu._CALL.size + 8
+            self.crvq_call_size = lambda: binding._CALL.size + 8
 
     monkeypatch.setattr(ctypes, "CDLL", Other)
     with pytest.raises(OSError, match="built from other sources"):
-        cpu.Library(cpu.FILE)
+        binding.Library(binding.FILE)
 
 
 def test_more_than_the_processor_has_is_refused(monkeypatch):
-    monkeypatch.setattr(cpu, "library", cpu.library.__wrapped__)
+    monkeypatch.setattr(binding, "library", binding.library.__wrapped__)
 
     class Old:
         supported = level = 0
@@ -253,12 +254,12 @@ def test_more_than_the_processor_has_is_refused(monkeypatch):
         def __init__(self, path):
             pass
 
-    monkeypatch.setattr(cpu, "Library", Old)
+    monkeypatch.setattr(binding, "Library", Old)
     monkeypatch.setenv("CRVQ_CPU", "vbmi")
     with pytest.raises(ValueError, match="asks for 'vbmi', but this processor has 'scalar' at best"):
-        cpu.library()
+        binding.library()
     monkeypatch.delenv("CRVQ_CPU")
-    assert cpu.why_not_better() == "this processor has no AVX-512 VBMI"
+    assert binding.why_not_better() == "this processor has no AVX-512 VBMI"
 
 
 def test_importing_the_package_does_not_load_the_library():

@@ -5,9 +5,9 @@ import torch
 from crvq_kernels import linear_ref
 
 pytest.importorskip("triton")
-from crvq_kernels import gemv as gemv_module  # noqa: E402
-from crvq_kernels.gemv import dot_factors, gemv  # noqa: E402
-from crvq_kernels.tuning import GemvBlocks, gemv_blocks  # noqa: E402
+from crvq_kernels.gpu import gemv as gemv_module  # noqa: E402
+from crvq_kernels.gpu.gemv import dot_factors, gemv  # noqa: E402
+from crvq_kernels.gpu.tuning import GemvBlocks, gemv_blocks  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from crvq_kernels import reorder as module
-from crvq_kernels.reorder import reorder
+from crvq_kernels.gpu import reorder as module
+from crvq_kernels.gpu.reorder import reorder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -15,7 +15,7 @@ from machine_code import problems, table
 pytest.importorskip("triton")
 pytestmark = pytest.mark.timeout(900)  # a minute of one core, all in the fixture, but the machine may be busy
 SCRIPT = Path(__file__).with_name("aot_compile.py")
-KERNELS = Path(__file__).parents[2] / "kernels"
+KERNELS = Path(__file__).parents[3] / "kernels"
 
 
 class Summary:

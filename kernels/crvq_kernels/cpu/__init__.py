@@ -1,0 +1,20 @@
+"""The compiled CPU kernel: one library without dependencies, built from C when the package is installed.
+
+    numbers.h                      the three float types
+    layer.h, layer.c               what a call asks for, and how its codes lie in memory
+    instruction_set.h              what an instruction set fills in
+    float_tables.h, dense_rows.h   plain C that each of them compiles with its own instructions
+    scalar.c, avx2.c, vbmi.c       the instruction sets
+    instruction_set.c              the list of them, and which is the best here
+    pool.h, pool.c                 threads
+    call.h, call.c                 the functions that Python calls: which thread does what, in which memory
+    binding.py                     finds the library, chooses its instruction set, calls it through ctypes
+
+Only `ops` and `crvq_kernels` itself use this, beside tests, benchmarks and `crvq doctor`. `binding` imports `packing`
+and nothing else of `crvq_kernels`. A new instruction set is a file of C, its number in `instruction_set.h`, a line in
+`instruction_set.c`, and its name in `binding.INSTRUCTIONS`.
+"""
+
+from .binding import INSTRUCTIONS, Layer, library, uses_tables, why_not_better
+
+__all__ = ["INSTRUCTIONS", "Layer", "library", "uses_tables", "why_not_better"]

@@ -1,0 +1,63 @@
+/* AVX2: fp32 tables made with fused multiply-adds, half precision by instructions. */
+#include "avx2.h"
+
+#ifdef HAVE_X86
+#include <cpuid.h>
+#include <immintrin.h>
+
+#include "dense_rows.h"
+#include "float_tables.h"
+#include "numbers.h"
+
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+
+int avx2_runs_here(void) {
+    unsigned a, b, c, d; /* clang 14 cannot be asked for f16c */
+    int f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
+}
+
+TARGET void avx2_read_floats(float *out, const void *data, int type, int64_t start, int64_t count) {
+    int64_t i = 0;
+    if (type == FLOAT16) {
+        const uint16_t *in = (const uint16_t *)data + start;
+        for (; i + 8 <= count; i += 8) {
+            _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(in + i))));
+        }
+    }
+    for (; i < count; i++) out[i] = load(data, type, start + i);
+}
+
+TARGET void avx2_write_floats(void *data, int type, int64_t start, const float *in, int64_t count) {
+    int64_t i = 0;
+    if (type == FLOAT16) {
+        uint16_t *out = (uint16_t *)data + start;
+        for (; i + 8 <= count; i += 8) {
+            __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
+            _mm_storeu_si128((__m128i *)(out + i), halves);
+        }
+    }
+    for (; i < count; i++) store(data, type, start + i, in[i]);
+}
+
+TARGET void avx2_dequantize(layer *l, int64_t tile, int64_t tile_end) { dequantize_rows(l, tile, tile_end); }
+
+TARGET static void make(const layer *l, int64_t block, desk *desk) { make_float_tables(l, block, desk); }
+
+const table_kind avx2_float_tables = {
+    .entry_bytes = sizeof(float),
+    .read_codebooks = read_codebooks,
+    .make = make,
+    .add = add_float_tables,
+};
+
+const instruction_set avx2_set = {
+    .runs_here = avx2_runs_here,
+    .read_floats = avx2_read_floats,
+    .write_floats = avx2_write_floats,
+    .dequantize = avx2_dequantize,
+    .byte_codes = &avx2_float_tables,
+    .wide_codes = &avx2_float_tables,
+};
+#endif

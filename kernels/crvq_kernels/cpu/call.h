@@ -1,0 +1,42 @@
+/* What Python hands over, and the functions it calls (binding.py). */
+#pragma once
+#include <stdint.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+enum { OK = 0, NO_MEMORY = 1, BAD_ORDER = 2 };
+
+/* One call. binding.py packs the same fields in the same order: first what changes from call to call. */
+typedef struct {
+    const void *x; /* [tokens, in_features] */
+    void *y;       /* [tokens, out_features]; dequantize: fp32 [row_count, in_features] */
+    int64_t tokens, row_start, row_count;
+    int32_t x_type;       /* FLOAT32, FLOAT16 or BFLOAT16; y as x */
+    int32_t instructions; /* number of the instruction set, see instruction_set.h */
+    int32_t threads;
+    int32_t permuted; /* dequantize: columns in channel order, else original order */
+
+    const uint8_t *tiles;
+    const void *codebooks; /* [num_codebooks, codebook_size, group] */
+    const void *scales;    /* [out_features] */
+    const void *order;     /* [in_features] */
+    const void *bias;      /* [out_features] or NULL */
+    int64_t out_features, in_features;
+    int32_t group, num_codebooks, codebook_size, nbits, critical; /* critical: groups with extended codes */
+    int32_t order_bytes;                                          /* size of an element of order */
+    int32_t codebook_type, scale_type, bias_type;
+    int32_t reserved;
+} crvq_call;
+
+/* y = x @ weight.T + bias. Returns OK, NO_MEMORY or BAD_ORDER. */
+EXPORT int crvq_linear(const crvq_call *call);
+
+/* Writes rows [row_start, row_start + row_count) of the weight, fp32. Returns OK, NO_MEMORY or BAD_ORDER. */
+EXPORT int crvq_dequantize(const crvq_call *call);
+
+/* The number of the best instruction set of this processor. */
+EXPORT int crvq_instructions(void);
+
+/* Size of the argument, so that binding.py can refuse a library that was built from other sources. */
+EXPORT int crvq_call_size(void);

@@ -1,0 +1,34 @@
+/* Plain C, for any processor: fp32 tables. */
+#include "dense_rows.h"
+#include "float_tables.h"
+#include "numbers.h"
+
+static int runs_here(void) { return 1; }
+
+static void read_floats(float *out, const void *data, int type, int64_t start, int64_t count) {
+    for (int64_t i = 0; i < count; i++) out[i] = load(data, type, start + i);
+}
+
+static void write_floats(void *data, int type, int64_t start, const float *in, int64_t count) {
+    for (int64_t i = 0; i < count; i++) store(data, type, start + i, in[i]);
+}
+
+static void dequantize(layer *l, int64_t tile, int64_t tile_end) { dequantize_rows(l, tile, tile_end); }
+
+static void make(const layer *l, int64_t block, desk *desk) { make_float_tables(l, block, desk); }
+
+static const table_kind float_tables = {
+    .entry_bytes = sizeof(float),
+    .read_codebooks = read_codebooks,
+    .make = make,
+    .add = add_float_tables,
+};
+
+const instruction_set scalar_set = {
+    .runs_here = runs_here,
+    .read_floats = read_floats,
+    .write_floats = write_floats,
+    .dequantize = dequantize,
+    .byte_codes = &float_tables,
+    .wide_codes = &float_tables,
+};

@@ -1,0 +1,13 @@
+"""The Triton kernels, which read tiled codes, and their launchers.
+
+    tuning.py     which kernel runs, and its block sizes
+    decode.py     reading codes and codebook rows inside a kernel
+    gemv.py       1 and 2 tokens: a table lookup per code
+    gemm.py       a few to many tokens: codes to matrix instructions
+    dequant.py    the dense weight
+    reorder.py    the channels of many tokens in the order of that weight
+
+A file imports `packing` and files above it, nothing else of `crvq_kernels`. Only `ops` calls these, at the first CUDA
+tensor, beside tests and benchmarks: all but `tuning` import Triton, so this file imports none of them. A launcher
+checks nothing, since `ops` has.
+"""
