@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from crvq_kernels import linear_ref, tuning
+from crvq_kernels import linear_ref
 from formats import FORMATS
 
 pytest.importorskip("triton")
 from crvq_kernels.gpu import gemm as gemm_module  # noqa: E402
+from crvq_kernels.gpu import tuning  # noqa: E402
 from crvq_kernels.gpu.gemm import gemm  # noqa: E402
 from crvq_kernels.gpu.tuning import gemm_blocks, kernel_for  # noqa: E402
 
