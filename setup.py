@@ -1,4 +1,4 @@
-"""Packaging. The packages are listed one by one: the folder `kernels/` is no package itself, nor may become one.
+"""Packaging. The packages in `kernels/` are looked for there: that folder is no package itself, nor may become one.
 
 Hugging Face has a package named `kernels`; an `__init__.py` in ours would hide it from everything started here.
 """
@@ -7,8 +7,10 @@ import re
 from glob import glob
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "crvq_hf/__init__.py").read_text(), re.MULTILINE).group(1)
@@ -27,6 +29,24 @@ class BuildLibrary(build_ext):
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return list(ext.export_symbols)
+
+
+class BuildModules(build_py):
+    """Adds the file that Python reads at every start, which lies beside the modules, in an editable install too."""
+
+    def run(self) -> None:
+        super().run()
+        folder = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        self.copy_file("crvq_autoload.pth", folder)
+
+
+class TagWheel(bdist_wheel):
+    """Tags the wheel for every Python 3 on the platform of the library, on "any" where that could not be built."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = map(Path, self.get_finalized_command("build_ext").get_outputs())
+        failed = self.distribution.have_run.get("build_ext") and not all(path.exists() for path in built)
+        return "py3", "none", "any" if failed else super().get_tag()[2]
 
 
 # Optional: where there is no compiler the installation succeeds without it, and PyTorch code does its work.
@@ -48,11 +68,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["crvq_hf", "crvq_kernels", "crvq_kernels.cpu", "crvq_kernels.gpu"],
-    py_modules=["crvq_autoload"],
-    package_dir={"crvq_hf": "crvq_hf", "crvq_kernels": "kernels/crvq_kernels"},
+    packages=find_packages(include=["crvq_hf*"]) + find_packages("kernels"),
+    py_modules=["crvq_autoload", "crvq_import_hooks"],
+    package_dir={"crvq_kernels": "kernels/crvq_kernels"},
     ext_modules=[CPU_KERNEL],
-    cmdclass={"build_ext": BuildLibrary},
+    cmdclass={"build_ext": BuildLibrary, "build_py": BuildModules, "bdist_wheel": TagWheel},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.17,<6",
@@ -78,10 +98,7 @@ setup(
             *(GGUF, REPORT, *SERVE),
         ],
     },
-    entry_points={
-        "console_scripts": ["crvq = crvq_hf.commands.cli:main"],
-        "torch.backends": ["crvq = crvq_autoload:install"],  # called by `import torch`
-    },
+    entry_points={"console_scripts": ["crvq = crvq_hf.commands.cli:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX",

@@ -1,9 +1,10 @@
-"""What the installed package costs a program that does not use it: `import torch` with and without it.
+"""What the installed package costs a program that does not use it: a start of Python and imports, with and without it.
 
     python benchmarks/bench_import.py [--pairs 15]
 
-The package is installed into a folder; processes with that folder on their path and processes without it take turns,
-the environment's own install hidden from both. Prints medians over the pairs and writes results/import.csv.
+The package is installed into a folder; processes that read that folder as Python reads site-packages at its start, and
+processes that do not, take turns, the environment's own install hidden from both. The reading is part of every time.
+Prints medians over the pairs and writes results/import.csv.
 """
 
 import argparse
@@ -17,16 +18,21 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench_quality import cpu_name
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "import.csv"
-STATEMENTS = ("import torch", "import transformers.modeling_utils")
+STATEMENTS = ("pass", "import torch", "import transformers.modeling_utils")
 # Times one statement: wall and processor time, in milliseconds.
 PROGRAM = """
-import json, sys, time
-sys.path += {path!r}
+import json, site, sys, time
+sys.path.append({others!r})
 wall, cpu = time.perf_counter(), time.process_time()
+for folder in {ours!r}:
+    site.addsitedir(folder)
 {statement}
-print(json.dumps([1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu), "crvq_hf" in sys.modules]))
+times = [1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)]
+print(json.dumps([*times, "crvq_autoload" in sys.modules, "crvq_hf" in sys.modules]))
 """
 
 
@@ -51,35 +57,35 @@ def install(source: Path, folder: Path) -> Path:
     return folder
 
 
-def milliseconds(statement: str, path: list[Path]) -> list[float]:
-    """Returns wall and processor time of `statement` in a new process with `path`."""
-    program = PROGRAM.format(statement=statement, path=[str(folder) for folder in path])
-    environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1", "CRVQ_AUTOLOAD": "1"}
+def milliseconds(statement: str, others: Path, ours: list[Path]) -> list[float]:
+    """Returns wall and processor time of `statement` in a new process with `others` and, if any, `ours`."""
+    program = PROGRAM.format(statement=statement, others=str(others), ours=[str(folder) for folder in ours])
+    environment = {**os.environ, "CRVQ_AUTOLOAD": "1"}
     command = [sys.executable, "-E", "-S", "-c", program]
     printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    *times, imported = json.loads(printed.splitlines()[-1])
-    assert not imported, f"crvq_hf was imported by {statement!r}"
+    *times, started, imported = json.loads(printed.splitlines()[-1])
+    assert started == bool(ours) and not imported, f"{statement!r}: started {started}, imported {imported}"
     return times
 
 
 def compare(statement: str, pairs: int, others: Path, ours: Path) -> dict[str, str | int]:
     """Returns one row: medians with and without the package, and of the difference within a pair."""
-    for path in ([others], [others, ours]):  # files are read into memory once
-        milliseconds(statement, path)
+    for installed in ([], [ours]):  # files are read into memory once
+        milliseconds(statement, others, installed)
     without, with_it = [], []
     for pair in range(pairs):
-        turns = [(without, [others]), (with_it, [others, ours])]
-        for times, path in turns if pair % 2 else reversed(turns):
-            times.append(milliseconds(statement, path))
-    row: dict[str, str | int] = {"statement": statement, "pairs": pairs}
+        turns = [(without, []), (with_it, [ours])]
+        for times, installed in turns if pair % 2 else reversed(turns):
+            times.append(milliseconds(statement, others, installed))
+    row: dict[str, str | int] = {"statement": statement, "pairs": pairs, "cpu": cpu_name()}
     for column, name in enumerate(("wall", "cpu")):
         a, b = [times[column] for times in without], [times[column] for times in with_it]
         difference = [y - x for x, y in zip(a, b, strict=True)]
         low, middle, high = statistics.quantiles(difference, n=4)
-        row[f"{name}_without_ms"] = f"{statistics.median(a):.1f}"
-        row[f"{name}_with_ms"] = f"{statistics.median(b):.1f}"
-        row[f"{name}_difference_ms"] = f"{middle:.1f}"
-        row[f"{name}_quartiles_ms"] = f"{low:.1f} to {high:.1f}"
+        row[f"{name}_without_ms"] = f"{statistics.median(a):.2f}"
+        row[f"{name}_with_ms"] = f"{statistics.median(b):.2f}"
+        row[f"{name}_difference_ms"] = f"{middle:.2f}"
+        row[f"{name}_quartiles_ms"] = f"{low:.2f} to {high:.2f}"
     return row
 
 

@@ -1,6 +1,7 @@
 """CRVQ for transformers: importing this package registers the quantization method "crvq".
 
-Where it is installed nobody needs to, see `crvq_autoload`. The algorithm itself is loaded when a model is quantized.
+Nobody needs to where Python reads the .pth file beside this package, see `crvq_autoload`. The algorithm itself is
+loaded when a model is quantized.
 
 From the ground up: `algorithm` fits one layer, `quantized_weight` is what is stored of it, `config` has every knob.
 `modeling` are the layers of a quantized model, `resources` and `tuning` what `pipeline` needs to quantize a whole one.
@@ -13,7 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from crvq_autoload import when_imported
+from crvq_import_hooks import when_imported
 
 from .config import CRVQConfig
 from .modeling.adapters import PEFT_TUNERS, refuse_merging

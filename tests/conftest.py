@@ -5,13 +5,13 @@ transformers is imported by the fixtures that need it: the tests of the kernels 
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.utils._device
+from environments import NO_COMPILER, Environment, build_wheel, copy_source, run
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
 if not torch.cuda.is_available():
@@ -22,11 +22,6 @@ from hypothesis import settings  # noqa: E402
 
 settings.register_profile("crvq", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("crvq")
-
-
-ROOT = Path(__file__).parents[1]
-# Programs run with -E and -S: an install of the environment that the tests run in must not be found instead.
-PACKAGES = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
 
 
 @pytest.fixture(autouse=True)
@@ -168,43 +163,37 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory) -> Path:
-    """Folder with what `pip install` makes of this repository, built without the CPU kernel, which takes time."""
-    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "crvq_autoload.py"):
-        shutil.copy(ROOT / name, source)
-    for name in ("crvq_hf", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-build-isolation", "--target", str(site), str(source)]
-    done = subprocess.run(command, env={**os.environ, "CC": "/no/such/compiler"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return site
+def sdist(tmp_path_factory) -> Path:
+    """What `make wheel` builds wheels from."""
+    source, folder = copy_source(tmp_path_factory.mktemp("sdist") / "source"), tmp_path_factory.mktemp("dist")
+    build = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    run([sys.executable, "-c", build, folder], cwd=source)
+    (file,) = folder.iterdir()
+    return file
 
 
 @pytest.fixture(scope="session")
-def preamble():
-    """Returns a function (folder of an install) -> Python lines that put it before the environment's packages."""
-    return lambda site: f"import sys\nsys.path[:0] = [{str(site)!r}]\nsys.path += {PACKAGES!r}\n"
+def wheel(sdist, tmp_path_factory) -> Path:
+    """A wheel, with the compiled CPU kernel if there is a compiler."""
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"))
 
 
-@pytest.fixture
-def run_installed(preamble, tmp_path):
-    """Returns a function (folder of an install, code, **environment) -> finished process, output in its `stdout`."""
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory) -> Environment:
+    """A virtual environment with the wheel; tests must not change it."""
+    environment = Environment(tmp_path_factory.mktemp("installed") / "environment")
+    environment.pip("install", "--quiet", "--no-deps", wheel)
+    return environment
 
-    def run(site: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
-        file = tmp_path / "program.py"
-        file.write_text(preamble(site) + code)
-        return subprocess.run(
-            [sys.executable, "-E", "-S", file],
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=250,
-        )
 
-    return run
+@pytest.fixture(scope="session")
+def editable(tmp_path_factory) -> tuple[Environment, Path]:
+    """A virtual environment with an editable install, without the compiled kernel; and the sources it refers to."""
+    folder = tmp_path_factory.mktemp("editable")
+    source, environment = copy_source(folder / "source"), Environment(folder / "environment")
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--editable"]
+    environment.pip("install", *options, source, **NO_COMPILER)
+    return environment, source
 
 
 @pytest.fixture(scope="session")

@@ -3,24 +3,17 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from crvq_kernels.cpu.binding import INSTRUCTIONS
+from environments import FILES, FOLDERS, MODULES, NO_COMPILER, ROOT, build_wheel
 
-ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which(os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0])
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-# Run with -E and -S: the editable install of the environment that the tests run in would be found as well. For the
-# same reason the target comes first: both have a finder of the same name.
 PROGRAM = """
-import site, sys
-site.addsitedir({target!r})
-sys.path.append({packages!r})
 import crvq_hf, crvq_kernels, kernels
 from transformers import LlamaForCausalLM  # fails where Hugging Face's kernels is hidden
 for module in (crvq_hf, crvq_kernels, kernels):
@@ -28,74 +21,38 @@ for module in (crvq_hf, crvq_kernels, kernels):
 """
 
 
-def run(command: list[str], **options) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A copy of what the package is built from, so that building leaves nothing in the repository."""
-    copy = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "crvq_autoload.py"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("crvq_hf", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    return copy
-
-
-@pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    run([*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)], cwd=source)
-    (file,) = folder.glob("*.whl")
-    return file
-
-
-@pytest.fixture(scope="module")
-def sites(wheel, source, tmp_path_factory) -> dict[str, Path]:
-    """Folders with the wheel and with an editable install."""
-    found = {}
-    for how, what in (("wheel", [str(wheel)]), ("editable", ["--editable", str(source)])):
-        found[how] = tmp_path_factory.mktemp(how)
-        options = ["--quiet", "--no-deps", "--no-build-isolation", "--target", str(found[how])]
-        run([*PIP, "install", *options, *what], cwd=source)
-    return found
+def files(*folders: str, suffixes: tuple[str, ...]) -> set[str]:
+    """Returns the paths of all files in `folders` of the repository that end so."""
+    found = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes)
+    return {path.relative_to(ROOT).as_posix() for path in found}
 
 
 def declared_version() -> str:
     return re.search(r'^__version__ = "(.+)"$', (ROOT / "crvq_hf/__init__.py").read_text(), re.MULTILINE).group(1)
 
 
-def test_wheel_holds_all_modules_and_nothing_else(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    modules = {f"crvq_hf/{path.name}" for path in (ROOT / "crvq_hf").glob("*.py")}
-    modules |= {path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels").rglob("*.py")}
-    library = {"crvq_kernels/cpu/libcrvq_cpu.so"} if COMPILER else set()
-    assert {name for name in names if ".dist-info/" not in name} == modules | library | {"crvq_autoload.py"}
-    assert any(name.endswith("licenses/LICENSE") for name in names)
-
-
-def test_without_a_compiler_the_wheel_has_no_library(source, tmp_path):
-    """Nothing fails: PyTorch code does what the library would."""
-    (source / "build").is_dir() and shutil.rmtree(source / "build")
-    environment = {**os.environ, "CC": "/no/such/compiler"}
-    command = [*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
-    run(command, cwd=source, env=environment)
-    (file,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(file).namelist()
-    assert "crvq_kernels/cpu/binding.py" in names and not any(name.endswith(".so") for name in names)
-
-
-def test_sdist_holds_the_c_files(source, tmp_path):
-    """Headers too: they are no sources of the extension, which depends on them."""
-    run([sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)], cwd=source)
-    (file,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(file) as opened:
+def test_sdist_holds_all_that_a_wheel_is_built_from(sdist):
+    with tarfile.open(sdist) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    c_files = {path.relative_to(source).as_posix() for path in (source / "kernels").rglob("*.[ch]")}
-    assert c_files and c_files <= names
+    c_files = files(*FOLDERS, suffixes=(".c", ".h"))  # headers too: they are no sources of the extension
+    assert c_files and c_files | files(*FOLDERS, suffixes=(".py",)) | {*MODULES} | {*FILES} <= names
+    assert not [name for name in names if name.startswith("tests/")]  # some of them would be of no use
+
+
+def test_wheel_holds_all_modules_and_nothing_else(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    libraries = {name for name in names if name.endswith(".so")}
+    modules = {name.removeprefix("kernels/") for name in files(*FOLDERS, suffixes=(".py",))}
+    assert names - libraries == modules | {*MODULES}
+    assert [Path(name).name for name in libraries] == ["libcrvq_cpu.so"] * bool(COMPILER)
+
+
+def test_without_a_compiler_the_wheel_has_no_library(sdist, tmp_path):
+    """Nothing fails: PyTorch code does what the library would. The wheel suits all platforms then, and says so."""
+    wheel = build_wheel(sdist, tmp_path, **NO_COMPILER)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "crvq_kernels/ops.py" in names and not any(name.endswith(".so") for name in names)
+    assert wheel.name.endswith("-py3-none-any.whl")
 
 
 def test_wheel_metadata(wheel):
@@ -106,18 +63,35 @@ def test_wheel_metadata(wheel):
     assert f"Version: {declared_version()}\n" in metadata
     assert "Requires-Dist: transformers<6,>=5.17" in metadata
     assert "Requires-Python: >=3.10" in metadata
-    assert "crvq = crvq_hf.commands.cli:main" in read["entry_points.txt"]
-    assert "[torch.backends]\ncrvq = crvq_autoload:install" in read["entry_points.txt"]
+    assert read["entry_points.txt"] == "[console_scripts]\ncrvq = crvq_hf.commands.cli:main\n"
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_") if COMPILER else "any"
+    assert f"Tag: py3-none-{platform}\n" in read["WHEEL"]
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there was no compiler to build the kernel with")
+def test_the_wheel_needs_no_compiler(installed):
+    done = installed.run(installed.folder / "bin/crvq", "doctor", PATH=str(installed.folder / "bin"))
+    assert done.returncode == 0, done.stdout
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("cpu kernel"))
+    assert line.split()[2].rstrip(":") in INSTRUCTIONS, line
+
+
+def test_uninstalling_leaves_nothing(installed, tmp_path):
+    environment = installed.copy(tmp_path / "environment")
+    assert list(environment.site.glob("crvq*"))
+    environment.pip("uninstall", "--quiet", "--yes", "crvq-hf")
+    assert not list(environment.site.glob("crvq*")) and not (environment.folder / "bin/crvq").exists()
 
 
 @pytest.mark.parametrize("how", ["wheel", "editable"])
-def test_import_in_the_repository_root(how, sites, source):
+def test_import_in_the_repository_root(how, installed, editable):
     """The root, where a folder `kernels` lies in the way, is the first place Python looks in."""
-    packages = sysconfig.get_paths()["purelib"]
-    program = PROGRAM.format(packages=packages, target=str(sites[how]))
-    printed = run([sys.executable, "-E", "-S", "-c", program], cwd=source).splitlines()
-    crvq_hf, crvq_kernels, kernels = map(Path, printed)
+    environment, source = editable
+    done = (installed if how == "wheel" else environment).run("-c", PROGRAM, cwd=source)
+    assert done.returncode == 0, done.stdout
+    crvq_hf, crvq_kernels, kernels = map(Path, done.stdout.splitlines())
     assert crvq_hf == source / "crvq_hf/__init__.py"
-    installed = sites["wheel"] / "crvq_kernels" if how == "wheel" else source / "kernels/crvq_kernels"
-    assert crvq_kernels == installed / "__init__.py"
-    assert kernels.is_relative_to(packages)
+    where = installed.site if how == "wheel" else source / "kernels"
+    assert crvq_kernels == where / "crvq_kernels/__init__.py"
+    assert kernels.is_relative_to(sysconfig.get_paths()["purelib"])

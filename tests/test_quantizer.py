@@ -240,7 +240,7 @@ def test_the_package_exports_lazily():
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CRVQ_AUTOLOAD": "0"}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
 
 

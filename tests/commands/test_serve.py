@@ -14,11 +14,6 @@ from crvq_hf.commands import cli, serve
 
 PROMPTS = ["the quick brown fox", "seven wizards quietly box", "over a lazy dog while"]
 SMALL_CACHE = {"num_blocks": 8, "max_batch_tokens": 64}  # else it takes most of the memory
-TRANSFORMERS_SERVE = """
-import runpy
-sys.argv[0] = "transformers"
-runpy.run_module("transformers.cli.transformers", run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +70,13 @@ def client(request, checkpoint):
     arguments = [str(checkpoint), "--device", "cpu", "--host", "127.0.0.1", "--port", "0"]
     environment = dict(os.environ)
     if request.param == "crvq":
-        command = ["-m", "crvq_hf"]
+        command = [sys.executable, "-m", "crvq_hf"]
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     else:
-        preamble, installed = request.getfixturevalue("preamble"), request.getfixturevalue("installed")
-        command = ["-E", "-S", "-c", preamble(installed) + TRANSFORMERS_SERVE]
+        command = [*request.getfixturevalue("installed").python, "-m", "transformers.cli.transformers"]
         arguments += ["--continuous-batching", "--cb-num-blocks", "8", "--cb-max-batch-tokens", "64"]
     server = subprocess.Popen(
-        [sys.executable, *command, "serve", *arguments],
+        [*command, "serve", *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -30,6 +30,7 @@ metric_list:
     higher_is_better: true
 """
 EVALUATE = """
+import sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 assert "crvq_hf" not in sys.modules
@@ -87,12 +88,12 @@ def test_command_line(checkpoint, task_folder, capsys):
     assert printed.startswith("perplexity ") and "|foxes|" in printed.replace(" ", "") and "0.5" in printed
 
 
-def test_its_own_way_needs_no_import(checkpoint, task_folder, installed, run_installed):
+def test_its_own_way_needs_no_import(checkpoint, task_folder, installed):
     pytest.importorskip("lm_eval")
-    done = run_installed(installed, EVALUATE.format(model=str(checkpoint), folder=str(task_folder)))
+    done = installed.run("-c", EVALUATE.format(model=str(checkpoint), folder=str(task_folder)))
     assert done.returncode == 0, done.stdout
     assert "accuracy 0.8" in done.stdout
-    assert str(installed / "crvq_hf/__init__.py") in done.stdout
+    assert str(installed.site / "crvq_hf/__init__.py") in done.stdout
 
 
 def test_what_can_go_wrong(checkpoint, tmp_path, monkeypatch, capsys):

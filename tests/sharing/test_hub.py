@@ -28,6 +28,7 @@ from crvq_hf.sharing.hub import card_text, licence_in, prepare, push
 # What someone else does with the models, in a new process where crvq-hf is installed and not imported: load both by id
 # and compare them with what was pushed.
 STRANGER = """
+import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -90,7 +91,7 @@ def error_of(capsys, *arguments) -> str:
 # Everything there and back
 
 
-def test_pushed_and_loaded_by_id(made, installed, preamble, tmp_path):
+def test_pushed_and_loaded_by_id(made, installed, tmp_path):
     """By the command line and from memory; the environment is a user's, with nothing of the client replaced."""
     dense, out = made
     program = (
@@ -103,12 +104,10 @@ def test_pushed_and_loaded_by_id(made, installed, preamble, tmp_path):
         environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         pusher = environment | {"HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "pusher")}
         reader = environment | {"HF_HOME": str(tmp_path / "reader")}
-        stranger = ("-E", "-S", "-c", preamble(installed) + STRANGER)
         for variables, *command in (
-            (pusher, "-c", program, out),
-            (reader, *stranger, "user/model", out, "user/again", out),
+            (pusher, sys.executable, "-c", program, out),
+            (reader, *installed.python, "-c", STRANGER, "user/model", out, "user/again", out),
         ):
-            command = [sys.executable, *map(str, command)]
             result = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
             assert result.returncode == 0, result.stdout + result.stderr
             if variables is pusher:
