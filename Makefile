@@ -1,25 +1,25 @@
-# `make demo` and `make test` are all it takes on a machine with Python 3.11: the first one called makes .venv.
+# `make demo` and `make test` are all it takes on a machine with Python 3.11: each installs into .venv what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-INSTALLED := .venv/.installed
 # Threads that wait sleep: waiting busily makes a machine with other work on it several times slower.
 export OMP_WAIT_POLICY := PASSIVE
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: demo test check style wheel clean
 
-demo: $(INSTALLED)
+demo: .venv/.demo
 	$(BIN)/crvq demo
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest
+# A process a core; in it one thread, or they would be in each other's way.
+test: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 
-check: $(INSTALLED)
+check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-style: $(INSTALLED)
+style: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -48,8 +48,9 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
-# torch comes first and by its exact version: a build that is at hand (CPU only, say) is then taken and kept.
-$(INSTALLED): setup.py pyproject.toml constraints.txt crvq_autoload.pth $(wildcard kernels/crvq_kernels/cpu/*.[ch]) | $(BIN)/python
-	$(PIP) install '$(TORCH)'
-	$(PIP) install -c constraints.txt -e '.[dev,demo]'
+# The stamp of an extra of setup.py. torch comes first and by its exact version: a build that is at hand (CPU only, say)
+# is then taken and kept. Python compiles what it imports: pip need not compile all, which takes a minute.
+.venv/.%: setup.py pyproject.toml constraints.txt crvq_autoload.pth $(wildcard kernels/crvq_kernels/cpu/*.[ch]) | $(BIN)/python
+	$(PIP) install --no-compile '$(TORCH)'
+	$(PIP) install --no-compile -c constraints.txt -e '.[$*]'
 	touch $@

@@ -94,8 +94,8 @@ setup(
         "serve": SERVE,
         "eval": [LM_EVAL],
         "dev": [
-            *("pytest", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", "kernels", "peft"),
-            *(GGUF, REPORT, *SERVE),
+            *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "setuptools>=77", "kernels", "peft"),
+            *(DATASETS, GGUF, REPORT, *SERVE),
         ],
     },
     entry_points={"console_scripts": ["crvq = crvq_hf.commands.cli:main"]},
