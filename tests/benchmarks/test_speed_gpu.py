@@ -1,41 +1,32 @@
-"""benchmarks/bench_gpu.py as far as it goes without a GPU: its checks, its tables, its files."""
+"""benchmarks/speed/gpu.py as far as it goes without a GPU: its checks, its tables."""
 
-import csv
-import importlib
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from crvq_kernels import linear_ref, untile_codes
 
+from benchmarks.speed import gpu as bench
+from benchmarks.speed import gpu_kernels as kernels
+from benchmarks.speed import gpu_model
+from benchmarks.speed.layers import random_layer
+
 pytest.importorskip("triton")
 FP16 = torch.float16
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    return importlib.import_module("bench_gpu")
-
-
-def test_dry_run_checks_every_kernel(bench, monkeypatch, capsys):
+def test_dry_run_checks_every_kernel(monkeypatch, capsys):
     used = []
-    for name, way in list(bench.OURS.items()):
+    for name, way in list(kernels.OURS.items()):
         run = way.run
-        traced = bench.Way(lambda x, layer, run=run, name=name: used.append(name) or run(x, layer), way.max_tokens)
-        monkeypatch.setitem(bench.OURS, name, traced)
+        traced = kernels.Way(lambda x, layer, run=run, name=name: used.append(name) or run(x, layer), way.max_tokens)
+        monkeypatch.setitem(kernels.OURS, name, traced)
     bench.main(["--dry-run", "--dtypes", "fp16"])
     assert capsys.readouterr().out == "72x80 d8 e8: ok\n100x592 d16 e11: ok\n"
     assert set(used) == {"gemv", "gemm", "dequantize + matmul"}
 
 
-def test_processes_share_the_checks(bench, capfd):
-    bench.main(["--dry-run", "--dtypes", "fp16", "bf16", "--jobs", "2"])
-    assert sorted(capfd.readouterr().out.splitlines()) == ["100x592 d16 e11: ok", *["72x80 d8 e8: ok"] * 2]
-
-
-def test_what_a_process_finds_wrong_is_told(bench, monkeypatch):
+def test_what_a_process_finds_wrong_is_told(monkeypatch):
     monkeypatch.setattr(bench, "check", wrong_in_a_process)
     found = bench.check_in_processes(bench.TINY, [FP16, torch.bfloat16], "cpu", 2)
     assert found == [
@@ -60,7 +51,7 @@ def wrong_dtype(x, layer):
 def moody(x, layer, calls=[]):  # noqa: B006
     calls.append(1)
     y = bench_result(x, layer)
-    y[0, 0] += len(calls) * 1e-3
+    y[0, 0] += len(calls) % 2 * 4e-3
     return y
 
 
@@ -71,16 +62,19 @@ def bench_result(x, layer):
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (wrong_values, r"72x80 d8 e8, torch.float16, 1 tokens, gemm: relative error is 1.0e-02, not below 1e-03"),
+        (
+            wrong_values,
+            r"72x80 d8 e8, torch.float16, 1 tokens, gemm: relative error is (9.9e-03|1.0e-02), not below 1e-03",
+        ),
         (wrong_dtype, r"result is torch.float32 of shape \[1, 72\], not torch.float16 of shape \[1, 72\]"),
         (moody, r"a second run has another result"),
     ],
 )
-def test_wrong_kernels_are_found(bench, monkeypatch, run, message):
+def test_wrong_kernels_are_found(monkeypatch, run, message):
     plan = bench.Plan(shapes=((72, 80),), formats=(), checked_tokens=(1,))
-    monkeypatch.setattr(bench, "OURS", {"gemm": bench.Way(bench_result)})
+    monkeypatch.setattr(kernels, "OURS", {"gemm": kernels.Way(bench_result)})
     assert bench.check(plan, [FP16], "cpu") == []
-    monkeypatch.setattr(bench, "OURS", {"gemm": bench.Way(run)})
+    monkeypatch.setattr(kernels, "OURS", {"gemm": kernels.Way(run)})
     (found,) = bench.check(plan, [FP16], "cpu")
     assert re.search(message, found)
     monkeypatch.setattr(bench, "TINY", plan)
@@ -88,29 +82,29 @@ def test_wrong_kernels_are_found(bench, monkeypatch, run, message):
         bench.main(["--dry-run", "--dtypes", "fp16"])
 
 
-def test_random_layer_is_what_the_reference_multiplies(bench, relative_error):
-    layer = bench.random_layer((40, 64), "cpu", in_group_size=4, nbits=9)
+def test_random_layer_is_what_the_reference_multiplies():
+    layer = random_layer((40, 64), "cpu", in_group_size=4, nbits=9)
     x = torch.randn(2, 64)
     codes = untile_codes(layer.tensors[0], 9, 40, 16 + 3)
     expected = linear_ref(x, codes, *layer.tensors[1:], None, *layer.constants)
-    assert relative_error(x @ layer.dense().T, expected) < 2e-6
+    assert kernels.relative_error(x @ layer.dense().T, expected) < 2e-6
     assert 0.2 < expected.std() < 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("arguments", [[], ["--stage", "model"], ["--quick"], ["--device", "cpu"]], ids=str)
-def test_without_a_gpu_it_says_so(bench, arguments):
+def test_without_a_gpu_it_says_so(arguments):
     with pytest.raises(SystemExit, match="found no GPU to use; without one there is only --dry-run"):
         bench.main(arguments)
 
 
-def test_layers_are_more_than_the_cache_holds(bench):
-    assert bench.num_layers(2_290_000) * 2_290_000 > 200e6
-    assert bench.num_layers(470_000_000) == 2
-    assert bench.num_layers(40_000) == bench.MAX_LAYERS
+def test_layers_are_more_than_the_cache_holds():
+    assert kernels.num_layers(2_290_000) * 2_290_000 > 200e6
+    assert kernels.num_layers(470_000_000) == 2
+    assert kernels.num_layers(40_000) == kernels.MAX_LAYERS
 
 
-def test_table_and_file(bench, tmp_path):
+def test_table():
     stamp = {"gpu": "a GPU", "commit": "abc"}
     times = {(1, "gemv"): [3e-6, 2e-6, 9e-6], (1, "dense"): [12e-6], (64, "gemm"): [5e-6], (64, "dense"): [10e-6]}
     rows = [bench.kernel_row(stamp, (8, 16), FP16, tokens, way, values) for (tokens, way), values in times.items()]
@@ -130,22 +124,16 @@ def test_table_and_file(bench, tmp_path):
         ["1", "3.0", "12.0", "gemv", "gemv", "4.00"],
         ["64", "10.0", "5.0", "gemm", "gemm", "2.00"],
     ]
-    path = tmp_path / "results" / "rows.csv"
-    bench.append(path, rows[:1])
-    bench.append(path, rows[1:])
-    with path.open() as file:
-        assert [row["way"] for row in csv.DictReader(file)] == ["gemv", "dense", "gemm", "dense"]
 
 
-def test_shapes_can_be_chosen(bench, monkeypatch):
+def test_shapes_can_be_chosen(monkeypatch):
     plans = []
     monkeypatch.setattr(bench, "check", lambda plan, dtypes, device: plans.append((plan.shapes, dtypes)) or [])
     bench.main(["--dry-run", "--shapes", "4096x11008", "8x16", "--dtypes", "bf16"])
     assert plans == [(((4096, 11008), (8, 16)), [torch.bfloat16])]
 
 
-def test_models_decode(bench, capsys):
-    gpu_model = importlib.import_module("gpu_model")
+def test_models_decode(capsys):
     rows = gpu_model.time_models(True, 64, {"gpu": "none"}, "cpu")
     assert [row["way"] for row in rows] == ["dense", "crvq"]
     assert all(row["tokens_per_second"] > 0 and row["gpu"] == "none" for row in rows)

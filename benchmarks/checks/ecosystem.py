@@ -1,15 +1,14 @@
 """Shows the whole package at home among its neighbours: transformers, the hub, serving, PEFT, lm_eval.
 
-    python benchmarks/check_ecosystem.py [--model DIR] [--system-packages] [options of crvq quantize]
+    python -m benchmarks ecosystem [--model DIR] [--system-packages] [options of crvq quantize]
 
 Builds a wheel of this checkout, installs it into an empty virtual environment and does there what a user does, every
-step in processes of their own; the programs are in benchmarks/ecosystem. Prints the commands, the lines of their
+step in processes of their own; the programs are in benchmarks/checks/programs. Prints the commands, the lines of their
 output that matter (one that is missing is a failure) and PASS or FAIL; the exit code is 1 if anything failed. DIR is
 a dense model with a chat template; without it the script makes a tiny random one. The hub is a server on the loopback
 interface.
 """
 
-import argparse
 import ast
 import json
 import os
@@ -27,13 +26,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench_import import without_crvq
+from ..common.commands import command_line, copy_source, from_tests, without_crvq
+from ..common.rows import ROOT
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "ecosystem"))
-
-from hub_server import TOKEN, Hub, running_hub  # noqa: E402
-
+hub_server = from_tests("sharing/hub_server")
 NAME = "user/name"  # of the model on the hub
 LIMIT = 3600  # seconds that one command may take
 PROMPT = "The sea is"
@@ -53,7 +49,7 @@ class User:
         options: of `crvq quantize`.
     """
 
-    def __init__(self, work: Path, hub: Hub, model: str, options: list[str]) -> None:
+    def __init__(self, work: Path, hub: hub_server.Hub, model: str, options: list[str]) -> None:
         self.work, self.hub, self.model, self.options = work, hub, model, options
         self.written: list[str] = []  # by the pipeline, to compare with
         self.bin = work / "venv" / "bin"
@@ -117,8 +113,7 @@ def value_of(output: str, title: str) -> list[str]:
 def install(user: User, system_packages: bool) -> None:
     """Makes the virtual environment and what the user starts from: a model and texts."""
     venv.create(user.work / "venv", with_pip=True, symlinks=True)
-    source = user.work / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "tests", "__pycache__", "*.so"))
+    copy_source(user.work / "source")
     pip = ("python", "-m", "pip", "--disable-pip-version-check")
     user.run(*pip, "wheel", "--no-deps", "-w", "wheels", "./source", shows=("Successfully built",))
     constraints = ["-c", str(ROOT / "constraints.txt")]
@@ -136,7 +131,7 @@ def install(user: User, system_packages: bool) -> None:
     texts = ("README.md", "CONTRIBUTING.md")
     for name, text in zip(("calibration.txt", "held-out.txt"), texts, strict=True):
         shutil.copy(ROOT / text, user.work / name)
-    shutil.copytree(ROOT / "benchmarks" / "ecosystem", user.work, dirs_exist_ok=True)
+    shutil.copytree(Path(__file__).with_name("programs"), user.work, dirs_exist_ok=True)
     (user.work / "tasks").mkdir()
     for file in user.work.glob("words.*"):
         file.rename(user.work / "tasks" / file.name)
@@ -162,7 +157,7 @@ def inspect(user: User) -> None:
 
 
 def push(user: User) -> None:
-    user.run("crvq", "push", "out", NAME, shows=(re.escape(f"{user.hub.url}/{NAME}"),), HF_TOKEN=TOKEN)
+    user.run("crvq", "push", "out", NAME, shows=(re.escape(f"{user.hub.url}/{NAME}"),), HF_TOKEN=hub_server.TOKEN)
     files = user.hub.repositories[NAME]["files"]
     card = files["README.md"].decode()
     print(f"    on the hub: {', '.join(sorted(files))}")
@@ -278,17 +273,17 @@ def passed(number: int, title: str, step: Callable[[], None]) -> bool:
     return result == "PASS"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main(arguments: list[str]) -> int:
+    """Does all steps; returns 1 if one of them failed."""
+    parser = command_line(__name__, writes=False)
     parser.add_argument("--model", metavar="DIR", help="folder of a dense model (default: a tiny one)")
     text = "take torch and all else from the environment of this Python, not from PyPI: some minutes less"
     parser.add_argument("--system-packages", action="store_true", help=text)
-    args, options = parser.parse_known_args()
+    args, options = parser.parse_known_args(arguments)
     options = ["--nsamples", "4", "--seqlen", "128", *options]
-    with tempfile.TemporaryDirectory() as folder, running_hub() as hub:
-        user = User(Path(folder).resolve(), hub, str(Path(args.model).resolve()) if args.model else "dense", options)
+    model = str(Path(args.model).resolve()) if args.model else "dense"
+    with tempfile.TemporaryDirectory() as folder, hub_server.running_hub() as hub:
+        user = User(Path(folder).resolve(), hub, model, options)
         failures = []
         if not passed(0, "wheel and empty environment", lambda: install(user, args.system_packages)):
             return 1
@@ -298,7 +293,3 @@ def main() -> int:
         failed = f", failed: {failures}" if failures else ""
         print(f"\n{len(STEPS) - len(failures)} of {len(STEPS)} steps passed{failed}", flush=True)
     return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,57 +1,35 @@
-"""The model stage of bench_gpu.py: decoding speed of a dense and of a quantized Llama, both of random weights."""
+"""The model stage of `gpu`: decoding speed of a dense and of a quantized Llama, both of random weights."""
 
 import gc
 import statistics
 import time
 
 import torch
-import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from crvq_hf.modeling.linear import CRVQLinear
-from crvq_hf.quantized_weight import num_critical_groups
+from crvq_hf.quantized_weight import QuantizedWeight
+
+from ..common.rows import versions
+from .layers import random_layer
 
 
 def random_model(tiny: bool, device: str) -> torch.nn.Module:
-    """Returns a Llama of random weights: the shapes of Llama-2-7B, or a tiny one."""
-    small = {
-        "vocab_size": 100,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(LlamaConfig(**small) if tiny else LlamaConfig()).eval()
-    finally:
-        torch.set_default_dtype(default)
+    """Returns a Llama of random weights in float16: the shapes of Llama-2-7B, or a tiny one."""
+    small = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    config = LlamaConfig(**small, num_hidden_layers=2) if tiny else LlamaConfig()
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
 
 
 def quantize_randomly_(model: torch.nn.Module) -> None:
     """Replaces the linear layers of the decoder blocks by CRVQ layers of random codes."""
-    linears = [item for item in model.model.layers.named_modules() if type(item[1]) is torch.nn.Linear]
-    for name, module in linears:
-        layer = CRVQLinear(
-            module.in_features,
-            module.out_features,
-            bias=False,
-            in_group_size=8,
-            nbits=8,
-            num_codebooks=4,
-            codebook_size=256,
-            num_critical_groups=num_critical_groups(module.in_features, 8, 0.02, 3),
-            codebook_bits=16,
-            bias_dtype=module.weight.dtype,
-            device=module.weight.device,
-        )
-        layer.weight.random_(0, 256)
-        layer.weight_codebooks.normal_(std=0.02)
-        layer.weight_scale.fill_(1.0)
-        layer.weight_order.copy_(torch.randperm(module.in_features))
-        model.model.layers.set_submodule(name, layer.tile_())
+    blocks = model.model.layers
+    for name, module in list(blocks.named_modules()):
+        if type(module) is torch.nn.Linear:
+            layer = random_layer(tuple(module.weight.shape), module.weight.device)
+            weight = QuantizedWeight(*layer.stored, *layer.constants)
+            blocks.set_submodule(name, CRVQLinear.from_quantized(weight, None).tile_())
 
 
 def decode_speed(model: torch.nn.Module, new_tokens: int) -> float:
@@ -89,10 +67,7 @@ def time_models(tiny: bool, new_tokens: int, stamp: dict, device: str) -> list[d
         size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         speed = decode_speed(model, new_tokens)
         name = f"Llama, {model.config.num_hidden_layers} blocks of {model.config.hidden_size}"
-        rows.append(
-            stamp
-            | {"model": name, "way": way, "tokens_per_second": round(speed, 2), "weights_mb": round(size / 1e6, 1)}
-            | {"new_tokens": new_tokens, "transformers": transformers.__version__}
-        )
+        row = {"model": name, "way": way, "tokens_per_second": round(speed, 2), "weights_mb": round(size / 1e6, 1)}
+        rows.append(stamp | row | {"new_tokens": new_tokens} | versions("transformers"))
         print(f"{name}, {way}: {speed:.1f} tokens/s, {size / 1e9:.2f} GB", flush=True)
     return rows

@@ -1,27 +1,23 @@
-"""What the installed package costs a program that does not use it: a start of Python and imports, with and without it.
+"""What the installed package costs a program that does not use it, a start of Python too; writes results/import.csv.
 
-    python benchmarks/bench_import.py [--pairs 15]
+    python -m benchmarks imports [--pairs 15]
 
 The package is installed into a folder; processes that read that folder as Python reads site-packages at its start, and
 processes that do not, take turns, the environment's own install hidden from both. The reading is part of every time.
-Prints medians over the pairs and writes results/import.csv.
+Prints medians over the pairs.
 """
 
-import argparse
-import csv
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from bench_quality import cpu_name
+from ..common.commands import command_line, copy_source, without_crvq
+from ..common.rows import cpu_name, replace
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "import.csv"
 STATEMENTS = ("pass", "import torch", "import transformers.modeling_utils")
 # Times one statement: wall and processor time, in milliseconds.
 PROGRAM = """
@@ -36,35 +32,20 @@ print(json.dumps([*times, "crvq_autoload" in sys.modules, "crvq_hf" in sys.modul
 """
 
 
-def without_crvq(folder: Path) -> Path:
-    """Fills `folder` with links to all installed packages but ours; returns it."""
-    folder.mkdir()
-    for path in reversed(sys.path):
-        if Path(path).name in ("site-packages", "dist-packages"):
-            for entry in Path(path).iterdir():
-                if "crvq" not in entry.name:
-                    link = folder / entry.name
-                    link.unlink(missing_ok=True)
-                    link.symlink_to(entry)
-    return folder
-
-
-def install(source: Path, folder: Path) -> Path:
-    """Installs the package into `folder`, from a copy in `source`, so that nothing is left here; returns `folder`."""
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "tests", "__pycache__"))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--no-build-isolation", "--target", str(folder), str(source)], check=True)
-    return folder
-
-
 def milliseconds(statement: str, others: Path, ours: list[Path]) -> list[float]:
-    """Returns wall and processor time of `statement` in a new process with `others` and, if any, `ours`."""
+    """Returns wall and processor time of `statement` in a new process with `others` and, if any, `ours`.
+
+    Raises:
+        RuntimeError: what a start of Python is to load was not loaded, or more was.
+    """
     program = PROGRAM.format(statement=statement, others=str(others), ours=[str(folder) for folder in ours])
     environment = {**os.environ, "CRVQ_AUTOLOAD": "1"}
     command = [sys.executable, "-E", "-S", "-c", program]
-    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    *times, started, imported = json.loads(printed.splitlines()[-1])
-    assert started == bool(ours) and not imported, f"{statement!r}: started {started}, imported {imported}"
+    # In a folder of its own: what lies in the one this was started from could be imported as well.
+    options = {"env": environment, "cwd": others.parent, "stdout": subprocess.PIPE, "text": True}
+    *times, started, imported = json.loads(subprocess.run(command, check=True, **options).stdout.splitlines()[-1])
+    if imported or started != bool(ours):
+        raise RuntimeError(f"{statement!r}: crvq_autoload is loaded: {started}, crvq_hf is: {imported}, with {ours}.")
     return times
 
 
@@ -89,22 +70,19 @@ def compare(statement: str, pairs: int, others: Path, ours: Path) -> dict[str, s
     return row
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Measures all statements."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=15, help="(default: %(default)s)")
-    pairs = parser.parse_args().pairs
+    parser = command_line(__name__)
+    parser.add_argument("--pairs", type=int, default=15, help="at least 2 (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    if args.pairs < 2:
+        parser.error(f"--pairs is {args.pairs}; quartiles need at least 2")
     with tempfile.TemporaryDirectory() as folder:
         others = without_crvq(Path(folder, "others"))
-        ours = install(Path(folder, "source"), Path(folder, "ours"))
-        rows = [compare(statement, pairs, others, ours) for statement in STATEMENTS]
+        ours, source = Path(folder, "ours"), copy_source(Path(folder, "source"))
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "--no-build-isolation", "--target", str(ours), str(source)], check=True)
+        rows = [compare(statement, args.pairs, others, ours) for statement in STATEMENTS]
     for row in rows:
         print(", ".join(f"{name} {value}" for name, value in row.items()))
-    with open(RESULTS, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    main()
+    replace(args.output / "import.csv", rows)

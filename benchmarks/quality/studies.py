@@ -1,8 +1,8 @@
-"""The studies of the CRVQ paper, rerun: perplexity and stored bits against one option at a time.
+r"""The studies of the CRVQ paper, rerun: perplexity and stored bits against one option at a time.
 
-    python benchmarks/bench_studies.py MODEL --calibration calib.txt --text wiki.test.raw --nsamples 32 \
+    python -m benchmarks studies MODEL --calibration calib.txt --text wiki.test.raw --nsamples 32 \
         --block-finetune-epochs 0 --e2e-finetune-epochs 0
-    python benchmarks/bench_studies.py --plot
+    python -m benchmarks studies --plot
 
 MODEL is the folder of a dense model; options it does not know go to each `crvq quantize`. Rows go to
 results/studies.csv; those that are there are not measured again. Also studied: what text to calibrate on, evaluated on
@@ -13,7 +13,6 @@ run has it: before codebooks are rounded, and on the calibration text.
 """
 
 import argparse
-import csv
 import json
 import statistics
 import sys
@@ -21,10 +20,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import bench_quality
+from ..common.commands import add_inputs, command_line, perplexity
+from ..common.rows import append, commit, cpu_name, pictures, read
+from .perplexity import quantize_and_evaluate
 
-RESULTS = Path(__file__).parent / "results" / "studies.csv"
-PICTURE = Path(__file__).parent / "figures" / "studies.png"
 # What the paper has where an option is not the one studied (section 4.1).
 PAPER = {
     "critical-ratio": 0.02,
@@ -46,54 +45,53 @@ STUDIES: dict[str, list[Any]] = {
 MEASURED = ("perplexity", "bits_per_weight", "cpu_seconds")
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Runs the benchmark that the command line describes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", help="folder of a dense model")
-    parser.add_argument("--calibration", help="text file of the domain that is evaluated on")
-    parser.add_argument("--text", help="text file, evaluation only")
-    parser.add_argument("--other-calibration", help="text file of another domain, for the study of `dataset`")
-    parser.add_argument("--other-text", help="text file of that domain, evaluation only")
+    parser = command_line(__name__)
+    add_inputs(parser, required=False)
+    text = "text file of another domain, for the study of `dataset`"
+    parser.add_argument("--other-calibration", metavar="FILE", help=text)
+    parser.add_argument("--other-text", metavar="FILE", help="text file of that domain, evaluation only")
     parser.add_argument("--study", choices=STUDIES, action="append", help="only this one; may be repeated")
     parser.add_argument("--plot", action="store_true", help="only draw what is measured")
-    args, options = parser.parse_known_args()
+    args, options = parser.parse_known_args(arguments)
+    results = args.output / "studies.csv"
     if not args.plot:
         if not (args.model and args.calibration and args.text):
             parser.error("MODEL, --calibration and --text are needed to measure; --plot draws what is measured")
         studies = args.study or STUDIES
         if "dataset" in studies and not (args.other_calibration and args.other_text):
             parser.error("the study of dataset needs --other-calibration and --other-text; choose others with --study")
-        texts = {"same domain": args.calibration, "other domain": args.other_calibration}
         for study in studies:
             for value in STUDIES[study]:
-                measure(study, value, args.model, args.text, args.other_text, texts, options)
-    draw(read())
+                append(results, new_rows(study, value, read(results), args, options))
+    draw(read(results), pictures(args.output) / "studies.png")
 
 
-def measure(
-    study: str, value: Any, model: str, text: str, other_text: str, texts: dict[str, str], options: list[str]
-) -> None:
-    """Quantizes with one option changed, unless that has been measured, and appends the row."""
+def new_rows(
+    study: str, value: Any, rows: list[dict[str, str]], args: argparse.Namespace, options: list[str]
+) -> list[dict[str, Any]]:
+    """Returns the row of a point: that of the same point in another study, or quantized for; none if it is there."""
     # What several studies share is measured once; on two texts where the text is studied.
-    known = [row for row in read() if row["options"] == " ".join(options)]
+    known = [row for row in rows if row["options"] == " ".join(options)]
     known = [row for row in known if study != "dataset" or row["other_perplexity"]]
     same = [row for row in known if _settings(row["study"], _typed(row)) == _settings(study, value)]
     if same:
-        if all(row["study"] != study for row in same):
-            bench_quality.append(RESULTS, same[0] | {"study": study, "value": value})
-        return
+        return [same[0] | {"study": study, "value": value}] if all(row["study"] != study for row in same) else []
+    texts = {"same domain": args.calibration, "other domain": args.other_calibration}
     chosen = _settings(study, value)
     chosen["dataset"] = texts.get(chosen["dataset"], chosen["dataset"])
     flags = [part for name, setting in chosen.items() for part in (f"--{name}", str(setting))]
     with tempfile.TemporaryDirectory() as folder:
-        result = bench_quality.quantize_and_evaluate(model, f"{folder}/quantized", text, [*flags, *options])
-        other = bench_quality.perplexity(f"{folder}/quantized", other_text) if study == "dataset" else ""
-        layers = json.loads(Path(folder, "quantized", "report.json").read_text())["layers"].values()
+        out = f"{folder}/quantized"
+        result = quantize_and_evaluate(args.model, out, args.text, [*flags, *options])
+        other = round(perplexity(out, args.other_text), 2) if study == "dataset" else ""
+        layers = json.loads(Path(out, "report.json").read_text())["layers"].values()
     row = {"study": study, "value": value} | {name: result[name] for name in MEASURED} | {"other_perplexity": other}
     row["layer_error"] = round(statistics.geometric_mean(layer["relative_error"] for layer in layers), 4)
-    row |= {"options": " ".join(options), "commit": bench_quality.commit(), "cpu": bench_quality.cpu_name()}
-    bench_quality.append(RESULTS, row)
+    row |= {"options": " ".join(options), "commit": commit(), "cpu": cpu_name()}
     print(row, flush=True)
+    return [row]
 
 
 def _settings(study: str, value: Any) -> dict[str, Any]:
@@ -104,20 +102,12 @@ def _settings(study: str, value: Any) -> dict[str, Any]:
     return settings
 
 
-def read() -> list[dict[str, str]]:
-    """Returns the rows that have been measured."""
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def _typed(row: dict[str, str]) -> Any:
     """Returns the value of a row as `STUDIES` has it."""
     return next(value for value in STUDIES[row["study"]] if str(value) == str(row["value"]))
 
 
-def draw(rows: list[dict[str, str]]) -> None:
+def draw(rows: list[dict[str, str]], picture: Path) -> None:
     """Draws one panel a study, with the stored bits at each point, and all of them against bits."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
@@ -162,10 +152,6 @@ def draw(rows: list[dict[str, str]]) -> None:
         axes.tick_params(axis="y", which="both", labelsize=7)
     for axes in panels[len(studies) + 1 :]:
         axes.remove()
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE)
-    print(PICTURE)
-
-
-if __name__ == "__main__":
-    main()
+    picture.parent.mkdir(exist_ok=True)
+    figure.savefig(picture)
+    print(picture)

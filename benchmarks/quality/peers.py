@@ -1,4 +1,4 @@
-"""Other quantizers on the same model, the same calibration text and the same evaluation: stored bits and perplexity.
+"""Stored bits and perplexity of other quantizers on the same model, calibration text and evaluation.
 
     python -m venv peers && . peers/bin/activate
     pip install torch==2.13.0                               # first, and by its exact version
@@ -10,9 +10,9 @@
     BUILD_CUDA_EXT=0 pip install --no-deps --no-build-isolation gptqmodel==7.7.0
     pip install --no-deps pypcre tokenicer logbar defuser device-smi threadpoolctl dill protobuf torchao==0.18.0
 
-    python benchmarks/bench_peers.py MODEL --calibration calib.txt --text wiki.test.raw      # all that are missing
-    python benchmarks/bench_peers.py MODEL --calibration calib.txt --text wiki.test.raw --only "HQQ 2 bit"
-    python benchmarks/bench_peers.py --plot                                                 # figures/peers.png
+    python -m benchmarks peers MODEL --calibration calib.txt --text wiki.test.raw        # all that are missing
+    python -m benchmarks peers MODEL --calibration calib.txt --text wiki.test.raw --only "HQQ 2 bit"
+    python -m benchmarks peers --plot                                                   # figures/peers.png
 
 `--no-deps` keeps a package whose own list wants another torch from fetching it. MODEL is the folder of a dense Llama
 model with tied embeddings. Every row is measured in a process of its own, on one thread, and appended to
@@ -25,22 +25,18 @@ seconds are those of the whole process up to the dequantized weights, imports in
 """
 
 import argparse
-import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
-from bench_quality import SEQLEN, WINDOWS, append, commit, cpu_name, cpu_seconds
+from ..common.commands import ONE_THREAD, SEQLEN, WINDOWS, add_inputs, again, command_line
+from ..common.rows import append, commit, cpu_name, pictures, read, versions
+from .perplexity import cpu_seconds
 
-FOLDER = Path(__file__).parent
-RESULTS = FOLDER / "results" / "peers.csv"
 LLAMA_CPP = ("llama-cpp-python", "gguf")
 
 HQQ = [(1, 128), (1, 64), (1, 16), (2, 64), (2, 16), (3, 64), (4, 64)]  # bits and group size
@@ -64,68 +60,57 @@ PEERS: dict[str, tuple[str, dict, tuple[str, ...]]] = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Measures what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", help="folder of a dense model")
-    parser.add_argument("--calibration", help="text file")
-    parser.add_argument("--text", help="text file, evaluation only")
+    parser = command_line(__name__)
+    add_inputs(parser, required=False)
     parser.add_argument("--only", help="names of rows that begin with this", default="")
-    parser.add_argument("--work", help="keep checkpoints and the importance matrix in this folder")
+    parser.add_argument("--work", metavar="DIR", help="keep checkpoints and the importance matrix in this folder")
     parser.add_argument("--plot", action="store_true", help="draw figures/peers.png from the results and leave")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # the process of one row
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    results = args.output / "peers.csv"
     if args.plot:
-        from peer_figure import draw
+        from .peer_figure import draw
 
-        draw(FOLDER / "figures" / "peers.png", rows(RESULTS), rows(FOLDER / "results" / "quality.csv"))
+        draw(pictures(args.output) / "peers.png", read(results), read(args.output / "quality.csv"))
         return
     if not (args.model and args.calibration and args.text):
         parser.error("MODEL, --calibration and --text are needed, or --plot.")
     if args.row:
-        measure(args.row, args.model, args.calibration, args.text, Path(args.work))
+        append(results, [measure(args.row, args.model, args.calibration, args.text, Path(args.work))])
         return
     names = [name for name in PEERS if name.startswith(args.only)]
     if not names:
         parser.error(f"No row begins with {args.only!r}; there are: {'; '.join(PEERS)}.")
-    done = {row["name"] for row in rows(RESULTS)}
+    done = {row["name"] for row in read(results)}
     with tempfile.TemporaryDirectory() as folder:
-        failed = [name for name in names if name not in done and not run(name, args, args.work or folder)]
+        work = Path(args.work or folder)
+        work.mkdir(parents=True, exist_ok=True)
+        failed = [name for name in names if name not in done and not run(name, arguments, work)]
     if failed:
         sys.exit(f"Failed: {'; '.join(failed)}")
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file, none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def run(name: str, args: argparse.Namespace, work: str) -> bool:
+def run(name: str, arguments: list[str], work: Path) -> bool:
     """Measures one row in a process of its own and returns whether that went well."""
-    Path(work).mkdir(parents=True, exist_ok=True)
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     workers = {"GPTQMODEL_CPU_WORKERS": "2"}  # it demands two, but makes only one itself where there are few cores
-    command = [sys.executable, __file__, args.model, "--calibration", args.calibration, "--text", args.text]
-    return not subprocess.run(
-        [*command, "--work", work, "--row", name], env={**os.environ, **one_thread, **workers}
-    ).returncode
+    command = again("peers", *arguments, "--work", str(work), "--row", name)
+    return not subprocess.run(command, env={**os.environ, **ONE_THREAD, **workers}).returncode
 
 
-def measure(name: str, model_folder: str, calibration: str, text: str, work: Path) -> None:
-    """Quantizes, evaluates and appends one row."""
-    import peer_methods
+def measure(name: str, model_folder: str, calibration: str, text: str, work: Path) -> dict[str, object]:
+    """Quantizes and evaluates; prints the row and returns it."""
     import torch
     from transformers import AutoTokenizer
 
     from crvq_hf.evaluation.perplexity import perplexity, read_text_tokens
 
+    from . import peer_methods
+
     method, arguments, packages = PEERS[name]
     shared = peer_methods.Work(model_folder, calibration, work)
-    function: Callable = getattr(peer_methods, method)
-    result = function(shared, **arguments)
+    result = getattr(peer_methods, method)(shared, **arguments)
     seconds = time.process_time() + cpu_seconds() + result.earlier_seconds
     model = shared.dense()
     layers = peer_methods.block_linears(model)
@@ -134,19 +119,16 @@ def measure(name: str, model_folder: str, calibration: str, text: str, work: Pat
         for layer_name, layer in layers.items():
             layer.weight.copy_(result.weights[layer_name])
     tokens = read_text_tokens(AutoTokenizer.from_pretrained(model_folder), text)
+    found = versions(*packages, "transformers", "torch")
     row = {
         "name": name,
         "bits_per_weight": round(8 * result.stored_bytes / sum(layer.weight.numel() for layer in layers.values()), 4),
         "perplexity": float(f"{perplexity(model, tokens, SEQLEN, WINDOWS).value:.5g}"),
         "cpu_seconds": round(seconds),
         "options": result.note,
-        "versions": ", ".join(f"{package} {version(package)}" for package in (*packages, "transformers", "torch")),
+        "versions": ", ".join(f"{package} {number}" for package, number in found.items()),
         "commit": commit(),
-        "cpu": cpu_name() or platform.processor(),
+        "cpu": cpu_name(),
     }
-    append(RESULTS, row)
     print(json.dumps(row))
-
-
-if __name__ == "__main__":
-    main()
+    return row

@@ -1,4 +1,4 @@
-"""The picture of `bench_peers.py --plot`: perplexity by stored bits, a color for each quantizer."""
+"""The picture of `peers --plot`: perplexity by stored bits, a color for each quantizer."""
 
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,9 @@ COLORS = {
 }
 SMALL = 8  # font size
 HIGHEST = 30_000  # perplexity at the upper edge; what is worse stands there as an arrow, with its number
-PLACES = [  # where a label may be, in points from its point: the first free place is taken
-    (7, 0, "left", "center"),
-    (-7, 0, "right", "center"),
-    (0, 7, "center", "bottom"),
-    (0, -7, "center", "top"),
-    (6, 8, "left", "bottom"),
-    (-6, 8, "right", "bottom"),
-    (6, -8, "left", "top"),
-    (-6, -8, "right", "top"),
-    (10, 18, "left", "bottom"),
-    (10, -18, "left", "top"),
-    (-10, 18, "right", "bottom"),
-    (-10, -18, "right", "top"),
-]
+# Where a label may be, in points right of and above its point: the first free place is taken.
+PLACES = [(7, 0), (-7, 0), (0, 7), (0, -7), (6, 8), (-6, 8), (6, -8), (-6, -8)]
+PLACES += [(10, 18), (10, -18), (-10, 18), (-10, -18)]
 
 
 def draw(path: Path, peers: list[dict[str, str]], ours: list[dict[str, str]]) -> None:
@@ -66,9 +55,8 @@ def _draw(peers: list[dict[str, str]], ours: list[dict[str, str]]) -> Any:
     axes.set_xlim(0.9, max(bits for *_, bits, _ in points) + 0.35)
     axes.set_ylim(UNQUANTIZED * 0.6, HIGHEST)
     axes.axhline(UNQUANTIZED, color="#666666", linewidth=1, linestyle="--")
-    axes.text(
-        0.92, UNQUANTIZED * 1.02, f"unquantized, {UNQUANTIZED:.2f}", va="bottom", fontsize=SMALL, color="#666666"
-    )
+    text = f"unquantized, {UNQUANTIZED:.2f}"
+    axes.text(0.92, UNQUANTIZED * 1.02, text, va="bottom", fontsize=SMALL, color="#666666")
     axes.set_xlabel("stored bits per weight of the quantized layers")
     axes.set_ylabel("perplexity on WikiText-2 (log scale)")
     axes.set_title("SmolLM2-135M: what the same bits buy; lower left is better", loc="left", fontsize=11, pad=12)
@@ -94,14 +82,9 @@ def _current(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 def _point(family: str, name: str, row: dict[str, str]) -> tuple[str, str, float, float]:
     """Returns family, label, bits and perplexity of a row; if it is off the scale, its label says what it is."""
     bits, value = float(row["bits_per_weight"]), float(row["perplexity"])
-    if value < HIGHEST:
-        return family, name, bits, value
-    return (
-        family,
-        f"{name}: {value:,.0f}" if value < 1e6 else f"{name}: {value:.1e}".replace("e+0", "e"),
-        bits,
-        HIGHEST,
-    )
+    if value >= HIGHEST:
+        name += f": {value:,.0f}" if value < 1e6 else f": {value:.1e}".replace("e+0", "e")
+    return family, name, bits, min(value, HIGHEST)
 
 
 def _family(name: str) -> tuple[str, str]:
@@ -120,27 +103,23 @@ def _label(figure: Any, axes: Any, points: list[tuple[str, str, float, float]]) 
     line = axes.transData.transform((0, UNQUANTIZED))[1]
     frame = axes.get_window_extent()
     for family, name, bits, value in sorted(points, key=lambda point: point[0] != OURS):
-        weight = "bold" if family == OURS else "normal"
-        for dx, dy, ha, va in PLACES:
-            text = axes.annotate(
-                name,
-                (bits, value),
-                (dx, dy),
-                textcoords="offset points",
-                ha=ha,
-                va=va,
-                fontsize=SMALL,
-                color=COLORS[family],
-                weight=weight,
-            )
+        style = {"fontsize": SMALL, "color": COLORS[family], "weight": "bold" if family == OURS else "normal"}
+        for dx, dy in PLACES:
+            place = {"ha": _side(dx, "right", "left"), "va": _side(dy, "top", "bottom"), "textcoords": "offset points"}
+            text = axes.annotate(name, (bits, value), (dx, dy), **place, **style)
             box = text.get_window_extent().extents
             inside = frame.x0 < box[0] and box[2] < frame.x1 and frame.y0 < box[1] and box[3] < frame.y1
             crossed = box[1] < line + 2 and line - 2 < box[3]
             if inside and not crossed and not any(_overlap(box, other) for other in taken):
                 break
-            if (dx, dy, ha, va) != PLACES[-1]:
+            if (dx, dy) != PLACES[-1]:
                 text.remove()
         taken.append(tuple(box))
+
+
+def _side(distance: int, negative: str, positive: str) -> str:
+    """Returns the side of a label that faces its point."""
+    return "center" if distance == 0 else positive if distance > 0 else negative
 
 
 def _overlap(one: Any, other: Any) -> bool:

@@ -1,13 +1,12 @@
-"""Kills `crvq quantize` at random moments, lets the same command finish, and compares with an undisturbed run.
+"""Kills `crvq quantize` at random moments; the same command must end as an undisturbed run does.
 
-python benchmarks/check_kills.py --kills 50 --seed 0
+    python -m benchmarks kills --kills 50 --seed 0
 
 The model is the tiny Llama of the tests. Every run is a process of its own, forked from one that has only imported the
 packages, and dies by SIGKILL. Moments are counted in turn from the start of the process, from where it makes its work
 folder, and from where it begins to save the result.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -19,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from ..common.commands import command_line, from_tests
 
 OPTIONS = ["--nsamples", "2", "--seqlen", "16", "--nbits-per-codebook", "4", "--embedding-bits", "8"]
 OPTIONS += ["--block-finetune-epochs", "1", "--e2e-finetune-epochs", "4"]
@@ -110,17 +109,16 @@ def state(out: Path) -> str:
     return "nothing yet"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> int:
+    """Kills runs; returns 1 if one of them ended otherwise than the undisturbed one."""
+    parser = command_line(__name__, writes=False)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        from tiny import save_tiny
-
-        runs = Runs(save_tiny(folder / "dense"))
+        runs = Runs(from_tests("tiny").save_tiny(folder / "dense"))
         runs.finish(folder / "warm")
         seconds = runs.finish(folder / "undisturbed")
         expected = contents(folder / "undisturbed")
@@ -141,7 +139,3 @@ def main() -> int:
             shutil.rmtree(out)
     print(f"{identical} of {args.kills} identical (seed {args.seed})")
     return 0 if identical == args.kills else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,20 +1,17 @@
-"""Times the tiles of the Triton kernels that `tuning.py` chooses from, on a GPU; appends to results/gpu_tiles.csv.
+"""Times of the tiles that `tuning.py` chooses from, on a GPU; appends to results/gpu_tiles.csv.
 
-    python benchmarks/tune_gpu.py
-    python benchmarks/tune_gpu.py --shapes 4096x4096 --dtypes fp16
+    python -m benchmarks gpu_tiles
+    python -m benchmarks gpu_tiles --shapes 4096x4096 --dtypes fp16
 
 A row is a tile and a number of tokens; `chosen` says whether `tuning.py` would take it there. What is wrong is named,
 and not timed. The printed table has the fastest tile beside the one chosen.
 """
 
-import argparse
-import contextlib
 import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import astuple
+from unittest import mock
 
-import bench_gpu as bench
 import torch
 import torch.nn.functional as F
 from crvq_kernels import num_virtual_groups
@@ -24,42 +21,25 @@ from crvq_kernels.gpu.tuning import GemmBlocks, GemvBlocks
 from crvq_kernels.packing import TILE_GROUPS
 from torch import Tensor
 
-SHAPES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336", "8192x28672", "2048x2048", "576x576", "1536x576")
+from ..common.commands import command_line
+from ..common.rows import append
+from . import gpu_kernels as kernels
+
+SHAPES = "4096x4096 1024x4096 14336x4096 4096x14336 8192x28672 2048x2048 576x576 1536x576"
 GEMV_ROWS_AND_WARPS = ((128, 8), (256, 8), (256, 16), (512, 8), (512, 16))
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+# Tokens, rows, ... of a program, by the numbers of tokens it is timed for.
 GEMM = {
-    GemmBlocks(8, 32, 8, 8): (1, 2, 8),
-    GemmBlocks(8, 32, 16, 16): (1, 2, 8),
-    GemmBlocks(8, 64, 8, 8): (1, 2, 8),
-    GemmBlocks(16, 32, 8, 8): (16,),
-    GemmBlocks(16, 32, 16, 16): (16,),
-    GemmBlocks(16, 64, 8, 8): (16,),
-    GemmBlocks(16, 64, 16, 16): (16,),
-    GemmBlocks(32, 32, 8, 8): (32, 64, 128),
-    GemmBlocks(32, 64, 4, 4): (32, 64, 128),
-    GemmBlocks(32, 64, 8, 8): (32, 64, 128),
-    GemmBlocks(64, 32, 8, 8): (64, 128),
-    GemmBlocks(64, 64, 4, 4): (64, 128),
-    GemmBlocks(64, 64, 8, 8): (64, 128),
-    GemmBlocks(128, 32, 8, 8): (128,),
+    (1, 2, 8): ((8, 32, 8, 8), (8, 32, 16, 16), (8, 64, 8, 8)),
+    (16,): ((16, 32, 8, 8), (16, 32, 16, 16), (16, 64, 8, 8), (16, 64, 16, 16)),
+    (32, 64, 128): ((32, 32, 8, 8), (32, 64, 4, 4), (32, 64, 8, 8)),
+    (64, 128): ((64, 32, 8, 8), (64, 64, 4, 4), (64, 64, 8, 8)),
+    (128,): ((128, 32, 8, 8),),
 }
 REPEATS = 5
 
 
-@contextlib.contextmanager
-def tile(blocks: GemvBlocks | GemmBlocks) -> Iterator[str]:
-    """Makes the launchers use `blocks`; yields the name of the kernel they are for."""
-    module, name = (gemv_module, "gemv") if isinstance(blocks, GemvBlocks) else (gemm_module, "gemm")
-    attribute = f"{name}_blocks"
-    choose = getattr(module, attribute)
-    setattr(module, attribute, lambda *args: blocks)
-    try:
-        yield name
-    finally:
-        setattr(module, attribute, choose)
-
-
-def candidates(shape: tuple[int, int], dtype: torch.dtype, layer: bench.Layer) -> dict[int, list]:
+def candidates(shape: tuple[int, int], dtype: torch.dtype, layer: kernels.Layer) -> dict[int, list]:
     """Returns the tiles to time by number of tokens, the one that `tuning.py` chooses first."""
     out_features, in_features = shape
     num_slices = -(-num_virtual_groups(in_features, 8, 4, layer.constants[1]) // TILE_GROUPS)
@@ -73,20 +53,23 @@ def candidates(shape: tuple[int, int], dtype: torch.dtype, layer: bench.Layer) -
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     factors = gemv_module.dot_factors(dtype, torch.float16)
     tiles = {1: [gemv_module.gemv_blocks(1, out_features, num_slices, processors, factors), *gemv]}
-    for blocks, numbers in GEMM.items():
+    for numbers, blocks in GEMM.items():
         for tokens in numbers:
             chosen = gemm_module.gemm_blocks(tokens, out_features, 8, False, False)
-            tiles.setdefault(tokens, []).extend([chosen, blocks])
+            tiles.setdefault(tokens, []).extend([chosen, *(GemmBlocks(*block) for block in blocks)])
     return {tokens: list(dict.fromkeys(blocks)) for tokens, blocks in tiles.items()}
 
 
-def time_tile(blocks: GemvBlocks | GemmBlocks, x: Tensor, layers: list[bench.Layer], expected: Tensor) -> float | None:
+def time_tile(
+    blocks: GemvBlocks | GemmBlocks, x: Tensor, layers: list[kernels.Layer], expected: Tensor
+) -> float | None:
     """Returns the microseconds a layer takes with these blocks, None after naming what is wrong."""
-    with tile(blocks) as name:
+    module, name = (gemv_module, "gemv") if isinstance(blocks, GemvBlocks) else (gemm_module, "gemm")
+    with mock.patch.object(module, f"{name}_blocks", lambda *args: blocks):  # what the launchers ask
         try:
-            problem = bench.wrong(bench.OURS[name], x, layers[0], expected)
+            problem = kernels.wrong(kernels.OURS[name], x, layers[0], expected)
             if problem is None:
-                seconds = bench.time_graphs({name: bench.capture(bench.OURS[name], x, layers)}, REPEATS)[name]
+                seconds = kernels.time_graphs({name: kernels.capture(kernels.OURS[name], x, layers)}, REPEATS)[name]
                 return statistics.median(seconds) / len(layers) * 1e6
         except RuntimeError as error:  # of Triton too: it takes more than the GPU has
             problem = f"{error}"
@@ -96,8 +79,7 @@ def time_tile(blocks: GemvBlocks | GemmBlocks, x: Tensor, layers: list[bench.Lay
 
 def time_tiles(shape: tuple[int, int], dtype: torch.dtype, stamp: dict) -> list[dict]:
     """Times all tiles for a layer; prints a line per number of tokens and returns the rows."""
-    layers = [bench.random_layer(shape, "cuda")]
-    layers += [bench.random_layer(shape, "cuda") for _ in range(bench.num_layers(layers[0].nbytes) - 1)]
+    layers = kernels.rotated_layers(shape)
     dense, rows = layers[0].dense(), []
     print(f"\n{shape[0]} x {shape[1]}, {dtype}: tokens, chosen and its microseconds, fastest and its")
     for tokens, tiles in candidates(shape, dtype, layers[0]).items():
@@ -108,13 +90,12 @@ def time_tiles(shape: tuple[int, int], dtype: torch.dtype, stamp: dict) -> list[
         for kind, choice in chosen.items():
             own = {blocks: time for blocks, time in timed.items() if type(blocks) is kind}
             best = min(own, key=own.get, default=None)
-            print(
-                f"{tokens:5}  {choice} {own.get(choice, float('nan')):.1f}  {best} {own.get(best, 0):.1f}", flush=True
-            )
+            times = [own.get(blocks, float("nan")) for blocks in (choice, best)]
+            print(f"{tokens:5}  {choice} {times[0]:.1f}  {best} {times[1]:.1f}", flush=True)
         rows += [
             stamp
-            | {"out_features": shape[0], "in_features": shape[1], "dtype": str(dtype).removeprefix("torch.")}
-            | {"tokens": tokens, "kernel": type(blocks).__name__.removesuffix("Blocks").lower()}
+            | kernels.layer_columns(shape, dtype, tokens)
+            | {"kernel": type(blocks).__name__.removesuffix("Blocks").lower()}
             | {"tile": "x".join(map(str, astuple(blocks))), "microseconds": round(time, 2)}
             | {"chosen": int(blocks == chosen[type(blocks)])}
             for blocks, time in timed.items()
@@ -123,8 +104,10 @@ def time_tiles(shape: tuple[int, int], dtype: torch.dtype, stamp: dict) -> list[
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="output x input features")
+    """Times the tiles for the layers that the command line names."""
+    parser = command_line(__name__)
+    shapes = [kernels.shape_of(shape) for shape in SHAPES.split()]
+    parser.add_argument("--shapes", nargs="+", type=kernels.shape_of, default=shapes, help="output x input features")
     parser.add_argument("--dtypes", nargs="+", choices=("fp16", "bf16"), default=("fp16", "bf16"))
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -132,9 +115,5 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(0)
     for dtype in args.dtypes:
         for shape in args.shapes:
-            rows = time_tiles(tuple(map(int, shape.split("x"))), bench.DTYPES[dtype], bench.gpu_stamp())
-            bench.append(bench.RESULTS / "gpu_tiles.csv", rows)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+            rows = time_tiles(shape, kernels.DTYPES[dtype], kernels.gpu_stamp())
+            append(args.output / "gpu_tiles.csv", rows)

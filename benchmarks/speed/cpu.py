@@ -1,7 +1,7 @@
 """Speed and accuracy of CRVQ layers on a CPU, against dense ones; appends rows to results/cpu_*.csv.
 
-    python benchmarks/bench_cpu.py --check                       # layers and decode, and their goals
-    python benchmarks/bench_cpu.py --part model MODEL QUANTIZED  # folders of a dense model and of its quantized one
+    python -m benchmarks cpu --check                       # layers and decode, and their goals
+    python -m benchmarks cpu --part model MODEL QUANTIZED  # folders of a dense model and of its quantized one
 
 The contenders take turns in one process; a time is the median of its repetitions, a ratio the median of the ratios
 within repetitions. One thread, unless --threads says more, timed in CPU time, so that other work on the machine counts
@@ -18,7 +18,6 @@ model: greedy `generate`, wall time, and whether it writes what it does with PyT
 """
 
 import argparse
-import csv
 import functools
 import importlib.util
 import json
@@ -27,41 +26,40 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import crvq_kernels
 import torch
 import torch.nn.functional as F
-from bench_quality import commit, cpu_name
 from crvq_kernels import cpu
 from torch import Tensor, nn
 
 from crvq_hf.modeling.linear import CRVQLinear
-from crvq_hf.quantized_weight import QuantizedWeight, num_critical_groups, order_dtype
+from crvq_hf.quantized_weight import QuantizedWeight
 
-RESULTS = Path(__file__).parent / "results"
+from ..common.commands import again, command_line
+from ..common.rows import append, commit, cpu_name, markdown, versions
+from ..common.timing import paired, ratio, relative_error, short
+from .layers import Layer, random_layer
+
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096), (11008, 4096), (4096, 11008))  # N, K
 TOKENS, AQLM_TOKENS = (1, 2, 4, 16, 64, 128), (1, 16)
-GROUP_SIZE, NBITS, EXTENDED, CRITICAL_RATIO = 8, 8, 3, 0.02
 BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)  # of Llama-2-7B
 BLOCKS = {"crvq": 32, "fp32": 3, "bf16": 6}
 PROMPT, NEW_TOKENS = "The sea is", 64
-BATCH_SECONDS, MOST_CALLS = 0.003, 200  # calls that are timed together
 IDENTICAL = "identical results"
 
 Goal = tuple[str, float, float, float]  # name, value, least, most
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Runs the parts that the command line names."""
-    args = arguments()
+    args = parse(arguments)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     wanted = os.environ | dict.fromkeys(names, str(args.threads)) | {"NUMBA_NUM_THREADS": "1"}
     if wanted != dict(os.environ):  # read when torch and numba are loaded, so start again
-        os.execve(sys.executable, [sys.executable, *sys.argv], wanted)
+        os.execve(sys.executable, again("cpu", *arguments), wanted)
     if args.part == "tokens":
         print(json.dumps(writer(args.models[0])()))
         return
@@ -74,21 +72,20 @@ def main() -> None:
     missed = [name for name, value, least, most in goals if not least <= value <= most]
     if args.check:
         header = ("goal", "found", "at least", "at most")
-        print("\n" + table([dict(zip(header, goal, strict=True)) for goal in goals]))
+        print("\n" + markdown([dict(zip(header, goal, strict=True)) for goal in goals]))
     if missed and (args.check or IDENTICAL in missed):
         sys.exit(f"missed: {'; '.join(missed)}")
 
 
-def arguments() -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__name__)
     parser.add_argument("models", nargs="*", help="for the part model: folders of the dense and the quantized model")
     parser.add_argument("--part", choices=("all", *PARTS, "tokens"), default="all", help="tokens is for internal use")
     parser.add_argument("--threads", type=int, default=1, help="of layers and model; decode takes 1 and 2")
     parser.add_argument("--repetitions", type=int, default=11)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the csv files")
     parser.add_argument("--check", action="store_true", help="compare with the goals; exit 1 if one is missed")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if len(args.models) not in {"model": (2,), "tokens": (1,), "all": (0, 2)}.get(args.part, (0,)):
         parser.error("the part model needs two folders, MODEL and QUANTIZED, other parts none")
     return args
@@ -101,35 +98,24 @@ def run(part: str, args: argparse.Namespace) -> list[Goal]:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     rows = [{"threads": args.threads} | row for row in measure(args)]
-    stamp = {
-        "instructions": cpu.INSTRUCTIONS[cpu.library().level],
-        "commit": commit(),
-        "cpu": cpu_name(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"cpu_{part}.csv"
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        sheet = csv.DictWriter(file, rows[0] | stamp, lineterminator="\n")
-        if is_new:
-            sheet.writeheader()
-        sheet.writerows(row | stamp for row in rows)
-    print(f"\n{part}: {', '.join(f'{name} {value}' for name, value in stamp.items())}\n{table(rows)}", flush=True)
+    stamp = {"instructions": cpu.INSTRUCTIONS[cpu.library().level], "commit": commit(), "cpu": cpu_name()}
+    stamp |= versions("torch", "transformers")
+    print(f"\n{part}: {', '.join(f'{name} {value}' for name, value in stamp.items())}\n{markdown(rows)}", flush=True)
+    append(args.output / f"cpu_{part}.csv", [row | stamp for row in rows])
     return list(goals(rows))
 
 
 def measure_layers(args: argparse.Namespace) -> Iterator[dict]:
     """Yields a row for every shape and number of tokens."""
-    for out_features, in_features in SHAPES:
+    for shape in SHAPES:
+        out_features, in_features = shape
         print(f"{out_features} x {in_features} ...", file=sys.stderr)
-        weight = random_weight(out_features, in_features)
-        dense, layer = weight.dequantize(torch.float32), packed(weight)
-        aqlm = aqlm_layer(weight) if args.threads == 1 else None
+        layer = random_layer(shape)
+        dense, kernel = layer.dense(), packed(layer)
+        aqlm = aqlm_kernel(layer) if args.threads == 1 else None
         for tokens in TOKENS:
             x = torch.randn(tokens, in_features)
-            calls = contenders(weight, dense, layer, aqlm, x)
+            calls = contenders(layer, dense, kernel, aqlm, x)
             times = paired(calls, args.repetitions, clock(args.threads), warm=True)
             row = {"n": out_features, "k": in_features, "m": tokens}
             for name in ("fp32", "bf16", "crvq", "crvq_bf16", "nn_linear", "module", "aqlm"):
@@ -140,53 +126,38 @@ def measure_layers(args: argparse.Namespace) -> Iterator[dict]:
             row["over_bf16"] = ratio(times, "bf16", "crvq_bf16")
             row["module_over_nn_linear"] = ratio(times, "nn_linear", "module")
             row["over_aqlm"] = ratio(times, "aqlm", "crvq")
-            row["error"] = relative_error(layer, dense, x)
-            row["outlier_error"] = relative_error(layer, dense, with_outliers(x, weight))
+            for name, inputs in (("error", x), ("outlier_error", with_outliers(x, layer))):
+                row[name] = short(relative_error(kernel(inputs), inputs.double() @ dense.double().T))
             yield row
 
 
-def contenders(weight: QuantizedWeight, dense: Tensor, layer: Callable, aqlm: Callable | None, x: Tensor) -> dict:
+def contenders(layer: Layer, dense: Tensor, kernel: Callable, aqlm: Callable | None, x: Tensor) -> dict:
     """Returns what is to be timed on `x`, `[M, K]`."""
     x_bf16 = x.bfloat16()
     calls = {
         "fp32": functools.partial(F.linear, x, dense),
         "bf16": functools.partial(F.linear, x_bf16, dense.bfloat16()),
-        "crvq": functools.partial(layer, x),
-        "crvq_bf16": functools.partial(layer, x_bf16),
+        "crvq": functools.partial(kernel, x),
+        "crvq_bf16": functools.partial(kernel, x_bf16),
     }
     if len(x) == 1:
-        linear = nn.Linear(weight.in_features, weight.out_features, bias=False, device="meta")
+        linear = nn.Linear(*reversed(dense.shape), bias=False, device="meta")
         linear.weight = nn.Parameter(dense, requires_grad=False)
         calls["nn_linear"] = functools.partial(linear, x)
+        weight = QuantizedWeight(*layer.stored, *layer.constants)
         calls["module"] = functools.partial(CRVQLinear.from_quantized(weight, None).tile_(), x)
     if aqlm is not None and len(x) in AQLM_TOKENS:
         calls["aqlm"] = functools.partial(aqlm, x)
     return calls
 
 
-def random_weight(out_features: int, in_features: int) -> QuantizedWeight:
-    """Returns a layer of random codes, gaussian codebooks and a random channel order."""
-    critical = num_critical_groups(in_features, GROUP_SIZE, CRITICAL_RATIO, EXTENDED)
-    num_codes = crvq_kernels.num_virtual_groups(in_features, GROUP_SIZE, 1 + EXTENDED, critical)
-    return QuantizedWeight(
-        codes=torch.randint(0, 2**NBITS, (out_features, num_codes), dtype=torch.uint8),
-        codebooks=torch.randn(1 + EXTENDED, 2**NBITS, GROUP_SIZE).half(),
-        scales=(0.5 + torch.rand(out_features)).half(),
-        channel_order=torch.randperm(in_features).to(order_dtype(in_features)),
-        nbits=NBITS,
-        num_critical_groups=critical,
-    )
-
-
-def packed(weight: QuantizedWeight) -> crvq_kernels.CPULayer:
+def packed(layer: Layer) -> crvq_kernels.CPULayer:
     """Returns the layer as a model calls it."""
-    tiles = crvq_kernels.tile_codes(weight.codes, NBITS, weight.num_virtual_groups)
-    tensors = (tiles, weight.codebooks, weight.scales, weight.channel_order, None)
-    return crvq_kernels.CPULayer(*tensors, NBITS, weight.num_critical_groups)
+    return crvq_kernels.CPULayer(*layer.tensors, None, *layer.constants)
 
 
-def aqlm_layer(weight: QuantizedWeight) -> Callable[[Tensor], Tensor] | None:
-    """Returns aqlm's CPU kernel on the base codes of `weight`, channels as stored; None if it is not installed.
+def aqlm_kernel(layer: Layer) -> Callable[[Tensor], Tensor] | None:
+    """Returns aqlm's CPU kernel on the base codes of `layer`, channels as stored; None if it is not installed.
 
     Raises:
         RuntimeError: its result is wrong.
@@ -197,30 +168,25 @@ def aqlm_layer(weight: QuantizedWeight) -> Callable[[Tensor], Tensor] | None:
         from aqlm.inference_kernels.numba_kernel import numba_gemm_lut
     except ImportError:
         return None
-    codes, codebook, scales = weight.codes[:, : weight.num_groups], weight.codebooks[0].float(), weight.scales.float()
+    codes, codebooks, scales, order = layer.stored
+    codes, codebook, scales = codes[:, : len(order) // codebooks.shape[2]], codebooks[0].float(), scales.float()
     by_group = codes.T.contiguous()[..., None].view(torch.int8)
     tensors = (by_group, codebook[None, :, None], scales.view(-1, 1, 1, 1), None)
-    x = torch.randn(1, weight.in_features)
+    x = torch.randn(1, len(order))
     expected = F.linear(x, codebook[codes.long()].flatten(1)) * scales
-    if (numba_gemm_lut(x, *tensors) - expected).norm() > 1e-5 * expected.norm():
+    if not relative_error(numba_gemm_lut(x, *tensors), expected) < 1e-5:
         raise RuntimeError("aqlm's kernel computes something else than it should")
     return lambda x: numba_gemm_lut(x, *tensors)
 
 
-def with_outliers(x: Tensor, weight: QuantizedWeight) -> Tensor:
+def with_outliers(x: Tensor, layer: Layer) -> Tensor:
     """Returns `x` with critical channels times 20 and four others times 50, as activations of language models are."""
-    order, critical = weight.channel_order.long(), weight.num_critical_groups * GROUP_SIZE
-    others = order[critical:]
-    factor = torch.ones(weight.in_features)
-    factor[order[:critical]] = 20
+    _, codebooks, _, order = layer.stored
+    critical, others = order.long().tensor_split([layer.constants[1] * codebooks.shape[2]])
+    factor = torch.ones(len(order))
+    factor[critical] = 20
     factor[others[torch.randperm(len(others))[:4]]] = 50
     return x * factor
-
-
-def relative_error(layer: Callable, dense: Tensor, x: Tensor) -> float:
-    """Returns the L2 error of the layer on `x`, `[M, K]`, over the L2 norm of the result in float64."""
-    expected = x.double() @ dense.double().T
-    return short(((layer(x).double() - expected).norm() / expected.norm()).item())
 
 
 def layer_goals(rows: list[dict]) -> Iterator[Goal]:
@@ -263,15 +229,15 @@ def decode_step(kind: str) -> tuple[Callable[[int], None], float]:
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     dense = {shape: torch.empty(shape, dtype=dtype).uniform_(-1, 1) for shape in set(BLOCK)}
     calls, num_bytes = [], 0
-    for out_features, in_features in BLOCK * BLOCKS[kind]:
+    for shape in BLOCK * BLOCKS[kind]:
         if kind == "crvq":
-            layer = packed(random_weight(out_features, in_features))
+            layer = packed(random_layer(shape))
             num_bytes += sum(tensor.nbytes for tensor in layer.tensors if tensor is not None)
         else:
-            weight = dense[out_features, in_features].clone()
+            weight = dense[shape].clone()
             layer = functools.partial(F.linear, weight=weight)
             num_bytes += weight.nbytes
-        calls.append(functools.partial(layer, torch.randn(1, in_features, dtype=dtype)))
+        calls.append(functools.partial(layer, torch.randn(1, shape[1], dtype=dtype)))
 
     def step(threads: int) -> None:
         torch.set_num_threads(threads)
@@ -283,7 +249,7 @@ def decode_step(kind: str) -> tuple[Callable[[int], None], float]:
 
 def is_deterministic() -> bool:
     """Returns whether 200 runs with one thread and with two, of one token and of eight, all give the same bits."""
-    layer = packed(random_weight(4096, 4096))
+    layer = packed(random_layer((4096, 4096)))
     for tokens in (1, 8):
         x = torch.randn(tokens, 4096)
         expected = layer(x)
@@ -305,7 +271,7 @@ def decode_goals(rows: list[dict]) -> Iterator[Goal]:
 def measure_model(args: argparse.Namespace) -> Iterator[dict]:
     """Yields one row: tokens per second of the dense and of the quantized model."""
     dense, quantized = (writer(folder) for folder in args.models)
-    command = [sys.executable, __file__, "--part", "tokens", "--threads", str(args.threads), args.models[1]]
+    command = again("cpu", "--part", "tokens", "--threads", str(args.threads), args.models[1])
     environment = os.environ | {"CRVQ_CPU": "torch"}
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     same = json.loads(printed.splitlines()[-1]) == quantized()
@@ -341,56 +307,8 @@ def clock(threads: int) -> Callable[[], float]:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def paired(
-    calls: dict[Any, Callable], repetitions: int, now: Callable[[], float] = time.perf_counter, warm: bool = False
-) -> dict[Any, list[float]]:
-    """Returns the seconds per call, by the clock `now`, of every repetition; the calls take turns.
-
-    With `warm` every turn begins with calls that are not timed: what others pushed out of the caches comes back.
-    """
-
-    def timed(call: Callable, count: int) -> float:
-        start = now()
-        for _ in range(count):
-            call()
-        return (now() - start) / count
-
-    counts = {}
-    for name, call in calls.items():
-        call()
-        counts[name] = min(MOST_CALLS, int(BATCH_SECONDS / max(timed(call, 1), 1e-9)) + 1)
-    times = {name: [] for name in calls}
-    for _ in range(repetitions):
-        for name, call in calls.items():
-            if warm:
-                timed(call, counts[name])
-            times[name].append(timed(call, counts[name]))
-    return times
-
-
-def ratio(times: dict[Any, list[float]], slow: Any, fast: Any) -> float | None:
-    """Returns how many times as fast `fast` is as `slow`, None if one of them was not timed."""
-    if slow not in times or fast not in times:
-        return None
-    return short(median(a / b for a, b in zip(times[slow], times[fast], strict=True)))
-
-
-def short(value: float) -> float:
-    """Returns `value` to three digits."""
-    return float(f"{value:.3g}")
-
-
-def table(rows: list[dict]) -> str:
-    """Returns rows as a markdown table."""
-    cells = [["" if value is None else f"{value}" for value in row.values()] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [list(rows[0]), ["---"] * len(rows[0]), *cells])
-
-
 PARTS = {
     "layers": (measure_layers, layer_goals),
     "decode": (measure_decode, decode_goals),
     "model": (measure_model, model_goals),
 }
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""What must never break: runs, checkpoints, the package among its neighbours."""

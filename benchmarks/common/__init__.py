@@ -1,0 +1,1 @@
+"""What the benchmarks share: `commands` (arguments, processes, installs), `rows` (stamps, CSV, tables), `timing`."""

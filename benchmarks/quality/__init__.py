@@ -1,0 +1,1 @@
+"""Perplexity for stored bits: ours, by option, and that of other quantizers."""

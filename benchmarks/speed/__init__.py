@@ -1,0 +1,1 @@
+"""Time and memory, of kernels, models and the package itself."""
