@@ -1,17 +1,20 @@
 """The demo on a tiny model; where it gets its model and its text from, and what happens without a network."""
 
+import csv
 import hashlib
 import json
 import re
+import statistics
 import time
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tiny import save_tiny
 
 from crvq_hf.commands import demo
-from crvq_hf.commands.cli import main
+from crvq_hf.commands.cli import build_parser, main
 
 
 def test_texts_share_no_paragraph():
@@ -101,6 +104,13 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     assert commands == ["eval", "eval", "generate", "generate"]
     printed = capsys.readouterr().out
+    ours = "--nsamples 2 --seqlen 16 --nbits-per-codebook 4"
+    out = tmp_path / "demo"
+    assert f"$ crvq quantize {dense} {out / 'quantized'} --dataset {out / 'calibration.txt'} {ours}\n" in printed
+    *_, report, serve, command, _ = printed.splitlines()
+    assert report.split() == ["report:", str(out / "quantized/report.html")] and Path(report.split()[1]).is_file()
+    assert serve.split() == ["next:", "crvq", "serve", str(out / "quantized")]
+    assert command.strip() == f"crvq quantize YOUR_MODEL OUT --dataset YOUR_TEXT {ours}"
     assert "Python's own documentation" in printed and "share no paragraph" in printed
     rows = dict(re.findall(r"^([a-z].+?)  +(\S.*)$", printed, re.MULTILINE))
     before, after = map(float, rows["perplexity, held-out text"].split())
@@ -114,6 +124,22 @@ def test_demo(tmp_path, monkeypatch, capsys):
     report.unlink()
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     assert report.is_file(), "a finished demo starts anew"
+
+
+def test_the_settings_are_options_of_the_command():
+    parsed = vars(build_parser().parse_args(demo._command("m", "o", "t").split()[1:]))
+    assert {name: type(value)(parsed[name]) for name, value in demo.SETTINGS.items()} == demo.SETTINGS
+
+
+def test_what_fewer_bits_cost_is_what_was_measured():
+    with open(Path(__file__).parents[2] / "benchmarks/results/quality.csv", newline="") as file:
+        rows = {row["name"]: float(row["perplexity"]) for row in csv.DictReader(file)}
+    seeds = statistics.median(rows[f"default, seed {seed}"] for seed in range(3))
+    assert demo.AT_THIS_SIZE == {
+        "unquantized": 20.1,
+        "at 2 bits": round(rows["default, 2 bits"], 1),
+        "at 1.14 bits": round(seeds, 1),
+    }
 
 
 def test_a_process_that_fails_is_told(monkeypatch):
