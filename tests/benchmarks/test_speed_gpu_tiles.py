@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.common.rows import RESULTS, read  # noqa: E402
 from benchmarks.speed import gpu_kernels as kernels  # noqa: E402
 from benchmarks.speed import gpu_tiles  # noqa: E402
 
@@ -35,7 +36,8 @@ def test_every_tile_gets_a_row_and_one_of_them_is_chosen(tune, monkeypatch, caps
     monkeypatch.setattr(kernels, "wrong", lambda *args: None)
     monkeypatch.setattr(kernels, "capture", capture)
     monkeypatch.setattr(kernels, "time_graphs", lambda graphs, repeats: {name: [2e-6] for name in graphs})
-    rows = tune.time_tiles((576, 576), FP16, {"gpu": "a GPU"})
+    rows = tune.time_tiles((576, 576), FP16, dict.fromkeys(("gpu", "torch", "triton", "commit"), "x"))
+    assert list(rows[0]) == list(read(RESULTS / "gpu_tiles.csv")[0])
     assert len(seen) == len(rows) > 40
     assert {row["kernel"] for row in rows} == {"gemv", "gemm"} and {row["microseconds"] for row in rows} == {1.0}
     chosen = [(row["tokens"], row["kernel"]) for row in rows if row["chosen"]]
