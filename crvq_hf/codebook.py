@@ -11,6 +11,7 @@ from torch import Tensor
 # Scores of at most this many elements exist at a time: few enough for the cache of a CPU, plenty on a GPU.
 _MAX_SCORES = {"cpu": 1 << 19}
 _MAX_SCORES_ELSEWHERE = 1 << 26
+_RIDGE = 8.0  # in roundings: see `ridged`
 
 
 def group_metrics(hessian: Tensor, in_group_size: int) -> Tensor:
@@ -52,11 +53,15 @@ def centroid_metrics(codes: Tensor, row_weight: Tensor, metrics: Tensor, codeboo
     return (counts.view(codebook_size, num_groups) @ metrics.flatten(1)).view(codebook_size, *metrics.shape[1:])
 
 
-def _solve(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Solves `matrices[c] @ x[c] = vectors[c]`, ridged so that rank-deficient metrics have a solution."""
-    ridge = 1e-6 * matrices.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-30
-    eye = torch.eye(matrices.shape[-1], device=matrices.device)
-    return torch.linalg.solve(matrices + ridge[:, None, None] * eye, vectors[..., None])[..., 0]
+def ridged(matrices: Tensor) -> Tensor:
+    """Returns positive definite `[..., d, d]` from sums of metrics `[..., d, d]`, however little those see.
+
+    Where they see nothing, rounding leaves eigenvalues of either sign, of about eps times the trace. The ridge is
+    `_RIDGE` times that. A matrix of zeros (a codeword in no use) becomes the identity.
+    """
+    ridge = _RIDGE * torch.finfo(matrices.dtype).eps * matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+    ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
+    return matrices + ridge[..., None, None] * torch.eye(matrices.shape[-1], device=matrices.device)
 
 
 def kmeans(
@@ -99,7 +104,9 @@ def kmeans(
     for _ in range(iterations):
         codes = nearest_codes(vectors, codebook, metrics)
         sums = torch.zeros_like(codebook).index_add_(0, codes.reshape(-1), projected)
-        codebook = _solve(centroid_metrics(codes, row_weight, metrics, codebook_size), sums)
+        matrices = centroid_metrics(codes, row_weight, metrics, codebook_size)
+        # As a move from where it is: the ridge then holds a centroid back, where nothing is seen, and biases none.
+        codebook = codebook + torch.linalg.solve(ridged(matrices), sums - (matrices @ codebook[..., None])[..., 0])
         empty = torch.bincount(codes.reshape(-1), minlength=codebook_size) == 0
         if empty.any():
             codebook[empty] = draw(int(empty.sum()))

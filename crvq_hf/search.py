@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .codebook import centroid_metrics, group_metrics
+from .codebook import centroid_metrics, group_metrics, ridged
 
 # Columns whose updates of R are kept local until the block is done (as GPTQ's lazy batches).
 _BLOCK_COLUMNS = 64
+_ROUNDINGS = 4.0  # a curvature of fewer roundings is none; with a damped Hessian it has hundreds of times as many
 
 
 @dataclass
@@ -159,7 +160,8 @@ def update_scales_(fit: LayerFit) -> None:
     quantized_h = fit.target - fit.gradient
     power = (quantized_h * fit.quantized).sum(1)
     factor = (fit.target * fit.quantized).sum(1) / power
-    factor = torch.where((power > 0) & factor.isfinite() & (factor > 0), factor, torch.ones_like(factor))[:, None]
+    seen = power > _curvature_rounding(fit.quantized, fit.hessian)
+    factor = torch.where(seen & factor.isfinite() & (factor > 0), factor, torch.ones_like(factor))[:, None]
     fit.scales = fit.scales * factor[:, 0]
     fit.quantized *= factor
     fit.gradient = fit.target - quantized_h * factor
@@ -169,7 +171,8 @@ def update_codebooks_(fit: LayerFit, steps: int) -> None:
     """Improves all codebooks jointly by `steps` of preconditioned conjugate gradient on the quadratic objective.
 
     The preconditioner is the objective's own block diagonal, one `d x d` matrix a codeword; a codeword no weight uses
-    has a zero gradient and stays. Stops early at the optimum. The objective never rises.
+    has a zero gradient and stays. Stops early at the optimum, and where the Hessian does not see the step. The
+    objective never rises.
     """
     shape, critical = fit.codebooks.shape, fit.num_critical_groups
     scale = fit.scales[:, None]
@@ -185,8 +188,9 @@ def update_codebooks_(fit: LayerFit, steps: int) -> None:
         step_power = power
         change = assemble(direction, fit.codes, critical) * scale
         change_h = change @ fit.hessian
-        curvature = float((change * change_h).sum())
-        if curvature <= 0:
+        rounding = _curvature_rounding(change, fit.hessian).sum()
+        curvature, rounding = torch.stack([(change * change_h).sum(), rounding]).tolist()  # one wait for the device
+        if not curvature > rounding:
             return
         alpha = power / curvature
         fit.codebooks = fit.codebooks + alpha * direction
@@ -205,7 +209,17 @@ def _preconditioner(fit: LayerFit) -> Tensor:
     for book in range(extended):
         first = num_groups + book * critical
         blocks.append(centroid_metrics(fit.codes[:, first : first + critical], weight, metrics[:critical], size))
-    matrices = torch.stack(blocks)
-    ridge = 1e-6 * matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))  # a codeword in use by nobody
-    return torch.linalg.inv(matrices + ridge[..., None, None] * torch.eye(d, device=matrices.device))
+    # In fp32 the inverse would be wrong by most of what it is where little is seen, and the gradient's other parts
+    # would lead there.
+    return torch.linalg.inv(ridged(torch.stack(blocks)).double()).float()
+
+
+def _curvature_rounding(change: Tensor, hessian: Tensor) -> Tensor:
+    """Returns `[N]`: what the curvature `<D, D H>` of each row D of `change` must exceed to be more than rounding.
+
+    Where H does not see D, what comes out is about eps times `<D, D diag(H)>`, of either sign, and up to `sqrt(K)`
+    times that from long sums. A step is as long as the gradient over the curvature. Above this bound the rounding of
+    the gradient makes no long step, and one that raises the objective by about eps times its energy at most.
+    """
+    share = _ROUNDINGS * torch.finfo(change.dtype).eps * len(hessian) ** 0.5
+    return share * (change.square() @ hessian.diagonal())
