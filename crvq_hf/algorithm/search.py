@@ -15,7 +15,7 @@ from .codebook import centroid_metrics, first_largest, group_metrics, ridged
 
 # Columns whose updates of R are kept local until the block is done (as GPTQ's lazy batches).
 _BLOCK_COLUMNS = 64
-_ROUNDINGS = 4.0  # how far above its rounding a curvature must be; where the Hessian is damped it is 10^3 times that
+_ROUNDINGS = 4.0  # a curvature of fewer roundings is none; with a damped Hessian it has hundreds of times as many
 
 
 @dataclass
@@ -215,16 +215,17 @@ def _preconditioner(fit: LayerFit) -> Tensor:
     for book in range(extended):
         first = num_groups + book * critical
         blocks.append(centroid_metrics(fit.codes[:, first : first + critical], weight, metrics[:critical], size))
-    # In double precision: an error of the inverse is large where the gradient is none, and adds up to a step there.
+    # In fp32 the inverse would be wrong by most of what it is where little is seen, and the gradient's other parts
+    # would lead there.
     return torch.linalg.inv(ridged(torch.stack(blocks)).double()).float()
 
 
 def _curvature_rounding(change: Tensor, hessian: Tensor) -> Tensor:
-    """Returns `[N]`: what a curvature `<D, D H>`, row by row of D, must exceed to be more than rounding.
+    """Returns `[N]`: what the curvature `<D, D H>` of each row D of `change` must exceed to be more than rounding.
 
-    Where H does not see D, what comes out is rounding, of either sign: about eps of `<D, D diag(H)>`, the curvature if
-    no two channels were correlated, and at most `sqrt(K)` times that in a long sum. A step is an error of the gradient
-    over a curvature, so above this bound it is short, and raises the objective by some eps of its energy at most.
+    Where H does not see D, what comes out is about eps times `<D, D diag(H)>`, of either sign, and up to `sqrt(K)`
+    times that from long sums. A step is as long as the gradient over the curvature. Above this bound the rounding of
+    the gradient makes no long step, and one that raises the objective by about eps times its energy at most.
     """
     share = _ROUNDINGS * torch.finfo(change.dtype).eps * len(hessian) ** 0.5
     return share * (change.square() @ hessian.diagonal())
