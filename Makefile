@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-# Threads that wait sleep: waiting busily makes a machine with other work on it several times slower.
-export OMP_WAIT_POLICY := PASSIVE
+# Threads that wait sleep: in tests many processes share the cores. On an idle machine, sleeping makes steps slower.
+test: export OMP_WAIT_POLICY := PASSIVE
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: demo test check style wheel clean

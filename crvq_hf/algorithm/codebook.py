@@ -5,6 +5,8 @@ Hessian that belongs to its channels, so an assignment is one small matrix produ
 centroids one weighted least squares problem of size d each.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,12 @@ def first_largest(scores: Tensor) -> Tensor:
         return scores.argmax(-1)
     size = scores.shape[-1]
     others = scores.sub(scores.amax(-1, keepdim=True)).ne_(0)  # 0 at the largest value, 1 elsewhere
-    index = torch.arange(size, dtype=scores.dtype)
-    return index.add(others, alpha=size).amin(-1).clamp_max_(size - 1).long()
+    return torch.add(_indices(size), others, alpha=size).amin(-1).clamp_max_(size - 1).long()
+
+
+@functools.cache
+def _indices(size: int) -> Tensor:
+    return torch.arange(size, dtype=torch.float32)
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor, metrics: Tensor) -> Tensor:

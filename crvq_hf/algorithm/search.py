@@ -137,23 +137,26 @@ def update_codes_(fit: LayerFit) -> None:
     for first in range(0, num_groups, per_block):
         last = min(first + per_block, num_groups)
         columns = slice(first * d, last * d)
-        local = fit.gradient[:, columns].clone()
         metric = fit.hessian[columns, columns]
-        before = fit.quantized[:, columns].clone()
+        # In units of the row's scale: the gradient, and what the codewords of the block have changed by.
+        local = fit.gradient[:, columns] * inverse_scale
+        change = torch.zeros_like(local)
         for group in range(first, last):
             here = slice((group - first) * d, (group - first + 1) * d)
             for book in range(num_codebooks if group < critical else 1):
                 virtual = group if book == 0 else num_groups + (book - 1) * critical + group
                 codebook = fit.codebooks[book]
                 old = codebook.index_select(0, codes[virtual])
-                wanted[:, :d] = torch.addmm(local[:, here] * inverse_scale, old, metrics[group])
+                wanted[:, :d] = torch.addmm(local[:, here], old, metrics[group])
                 factors[book, d] = energies[group, book]
                 new_codes = first_largest(torch.mm(wanted, factors[book], out=scores))
-                change = (codebook.index_select(0, new_codes) - old) * scale
+                step = codebook.index_select(0, new_codes).sub_(old)
                 codes[virtual] = new_codes
-                fit.quantized[:, group * d : (group + 1) * d] += change
-                local.addmm_(change, metric[here], alpha=-1)
-        fit.gradient.addmm_(fit.quantized[:, columns] - before, fit.hessian[columns], alpha=-1)
+                change[:, here] += step
+                local.addmm_(step, metric[here], alpha=-1)
+        change *= scale
+        fit.quantized[:, columns] += change
+        fit.gradient.addmm_(change, fit.hessian[columns], alpha=-1)
     fit.codes = codes.T.contiguous()
 
 
