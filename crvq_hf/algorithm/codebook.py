@@ -5,14 +5,10 @@ Hessian that belongs to its channels, so an assignment is one small matrix produ
 centroids one weighted least squares problem of size d each.
 """
 
-import functools
-
 import torch
+from crvq_kernels import code_search
 from torch import Tensor
 
-# Scores of at most this many elements exist at a time: few enough for the cache of a CPU, plenty on a GPU.
-_MAX_SCORES = {"cpu": 1 << 19}
-_MAX_SCORES_ELSEWHERE = 1 << 26
 _RIDGE = 8.0  # in roundings: see `ridged`
 
 
@@ -23,24 +19,6 @@ def group_metrics(hessian: Tensor, in_group_size: int) -> Tensor:
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
-def first_largest(scores: Tensor) -> Tensor:
-    """Returns the index of the largest value along the last axis, the first of several, int64.
-
-    What `argmax` returns, in a third of its time on a CPU, where that goes through the values one by one. A row with a
-    NaN has its last index.
-    """
-    if scores.device.type != "cpu":
-        return scores.argmax(-1)
-    size = scores.shape[-1]
-    others = scores.sub(scores.amax(-1, keepdim=True)).ne_(0)  # 0 at the largest value, 1 elsewhere
-    return torch.add(_indices(size), others, alpha=size).amin(-1).clamp_max_(size - 1).long()
-
-
-@functools.cache
-def _indices(size: int) -> Tensor:
-    return torch.arange(size, dtype=torch.float32)
-
-
 def nearest_codes(vectors: Tensor, codebook: Tensor, metrics: Tensor) -> Tensor:
     """Returns the codes `[N, G]`, int64, nearest in the metric of each group.
 
@@ -49,18 +27,17 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, metrics: Tensor) -> Tensor:
         codebook: `[C, d]`, fp32.
         metrics: `[G, d, d]`, fp32, symmetric.
     """
-    n, num_groups, d = vectors.shape
-    codes = torch.empty(n, num_groups, dtype=torch.int64, device=vectors.device)
-    # Minus half the squared distance, less what no codeword changes, is one product: v M c - 0.5 c M c.
-    energies = -0.5 * torch.einsum("cd,gde,ce->gc", codebook, metrics, codebook)
-    factors = torch.cat([metrics @ codebook.T, energies[:, None]], 1)  # [G, d + 1, C]
-    wanted = torch.cat([vectors, vectors.new_ones(n, num_groups, 1)], 2).transpose(0, 1)
-    limit = _MAX_SCORES.get(vectors.device.type, _MAX_SCORES_ELSEWHERE)
-    step = max(1, limit // (n * len(codebook)))
-    for start in range(0, num_groups, step):
-        part = slice(start, min(start + step, num_groups))
-        codes[:, part] = first_largest(wanted[part] @ factors[part]).T
-    return codes
+    # Minus half the squared distance, less what no codeword changes: v M c - 0.5 c M c.
+    return code_search.nearest_codes(_projected(vectors, metrics), codebook, _energies(codebook, metrics))
+
+
+def _projected(vectors: Tensor, metrics: Tensor) -> Tensor:
+    return torch.einsum("ngd,gde->nge", vectors, metrics)
+
+
+def _energies(codebook: Tensor, metrics: Tensor) -> Tensor:
+    """Returns `[G, C]`, minus half of `c M c` for every codeword c in every group's metric M."""
+    return -0.5 * torch.einsum("cd,gde,ce->gc", codebook, metrics, codebook)
 
 
 def centroid_metrics(codes: Tensor, row_weight: Tensor, metrics: Tensor, codebook_size: int) -> Tensor:
@@ -120,10 +97,11 @@ def kmeans(
         return flat[index.repeat(-(-count // len(flat)))[:count].to(flat.device)]
 
     codebook = draw(codebook_size)
-    projected = torch.einsum("ngd,gde->nge", vectors, metrics).mul_(row_weight[:, None, None]).reshape(-1, d)
+    projected = _projected(vectors, metrics)
+    weighted = (projected * row_weight[:, None, None]).reshape(-1, d)
     for _ in range(iterations):
-        codes = nearest_codes(vectors, codebook, metrics)
-        sums = torch.zeros_like(codebook).index_add_(0, codes.reshape(-1), projected)
+        codes = code_search.nearest_codes(projected, codebook, _energies(codebook, metrics))
+        sums = torch.zeros_like(codebook).index_add_(0, codes.reshape(-1), weighted)
         matrices = centroid_metrics(codes, row_weight, metrics, codebook_size)
         # As a move from where it is: the ridge then holds a centroid back, where nothing is seen, and biases none.
         codebook = codebook + torch.linalg.solve(ridged(matrices), sums - (matrices @ codebook[..., None])[..., 0])

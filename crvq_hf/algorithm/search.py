@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from crvq_kernels.code_search import choose_codes_
 from torch import Tensor
 
-from .codebook import centroid_metrics, first_largest, group_metrics, ridged
+from .codebook import centroid_metrics, group_metrics, ridged
 
 # Columns whose updates of R are kept local until the block is done (as GPTQ's lazy batches).
 _BLOCK_COLUMNS = 64
@@ -127,33 +128,16 @@ def update_codes_(fit: LayerFit) -> None:
     num_groups = fit.codes.shape[1] - extended * critical
     scale = fit.scales[:, None]
     inverse_scale = torch.where(scale != 0, 1.0 / scale, torch.zeros_like(scale))
-    metrics = group_metrics(fit.hessian, d)
-    # A score is one product: what a row wants and a one, with a codeword and minus half its own energy.
-    energies = -0.5 * torch.einsum("bcd,gde,bce->gbc", fit.codebooks, metrics, fit.codebooks)
-    factors = torch.cat([fit.codebooks.transpose(1, 2), energies[0, :, None]], 1)  # [1 + E, d + 1, C]
-    wanted, scores = scale.new_ones(len(scale), d + 1), scale.new_empty(len(scale), fit.codebooks.shape[1])
+    energies = -0.5 * torch.einsum("bcd,gde,bce->gbc", fit.codebooks, group_metrics(fit.hessian, d), fit.codebooks)
     codes = fit.codes.T.contiguous()  # a group's codes lie together
     per_block = max(1, _BLOCK_COLUMNS // d)
     for first in range(0, num_groups, per_block):
         last = min(first + per_block, num_groups)
         columns = slice(first * d, last * d)
-        metric = fit.hessian[columns, columns]
         # In units of the row's scale: the gradient, and what the codewords of the block have changed by.
-        local = fit.gradient[:, columns] * inverse_scale
-        change = torch.zeros_like(local)
-        for group in range(first, last):
-            here = slice((group - first) * d, (group - first + 1) * d)
-            for book in range(num_codebooks if group < critical else 1):
-                virtual = group if book == 0 else num_groups + (book - 1) * critical + group
-                codebook = fit.codebooks[book]
-                old = codebook.index_select(0, codes[virtual])
-                wanted[:, :d] = torch.addmm(local[:, here], old, metrics[group])
-                factors[book, d] = energies[group, book]
-                new_codes = first_largest(torch.mm(wanted, factors[book], out=scores))
-                step = codebook.index_select(0, new_codes).sub_(old)
-                codes[virtual] = new_codes
-                change[:, here] += step
-                local.addmm_(step, metric[here], alpha=-1)
+        wanted = fit.gradient[:, columns] * inverse_scale
+        metric = fit.hessian[columns, columns]
+        change = choose_codes_(wanted, codes, fit.codebooks, energies[first:last], metric, first, num_groups, critical)
         change *= scale
         fit.quantized[:, columns] += change
         fit.gradient.addmm_(change, fit.hessian[columns], alpha=-1)

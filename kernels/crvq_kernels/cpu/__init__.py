@@ -4,13 +4,16 @@
     layer.h, layer.c               what a call asks for, and how its codes lie in memory
     instruction_set.h              what an instruction set fills in
     float_tables.h, dense_rows.h   plain C that each of them compiles with its own instructions
+    code_search.h                  the same for the search for codes when a model is quantized
     scalar.c, avx2.c, vbmi.c       the instruction sets
     instruction_set.c              the list of them, and which is the best here
     pool.h, pool.c                 threads
     call.h, call.c                 the functions that Python calls: which thread does what, in which memory
+    code_search.c                  the search for codes, shared out over threads
     binding.py                     finds the library, chooses its instruction set, calls it through ctypes
+    code_search.py                 calls the search
 
-Only `ops` and `crvq_kernels` itself use this, beside tests, benchmarks and `crvq doctor`. `binding` imports `packing`
+Only `ops`, `crvq_kernels.code_search` and `crvq_kernels` itself use this, beside tests, benchmarks and `crvq doctor`. `binding` imports `packing`
 and nothing else of `crvq_kernels`. A new instruction set is a file of C, its number in `instruction_set.h`, a line in
 `instruction_set.c`, and its name in `binding.INSTRUCTIONS`.
 """

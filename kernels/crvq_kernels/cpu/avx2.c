@@ -5,6 +5,8 @@
 #include <cpuid.h>
 #include <immintrin.h>
 
+#define LANES 8
+#include "code_search.h"
 #include "dense_rows.h"
 #include "float_tables.h"
 #include "numbers.h"
@@ -45,6 +47,8 @@ TARGET void avx2_dequantize(layer *l, int64_t tile, int64_t tile_end) { dequanti
 
 TARGET static void make(const layer *l, int64_t block, desk *desk) { make_float_tables(l, block, desk); }
 
+TARGET static int search(const crvq_search_call *c, int64_t row, int64_t row_end) { return search_rows(c, row, row_end); }
+
 const table_kind avx2_float_tables = {
     .entry_bytes = sizeof(float),
     .read_codebooks = read_codebooks,
@@ -57,6 +61,7 @@ const instruction_set avx2_set = {
     .read_floats = avx2_read_floats,
     .write_floats = avx2_write_floats,
     .dequantize = avx2_dequantize,
+    .search = search,
     .byte_codes = &avx2_float_tables,
     .wide_codes = &avx2_float_tables,
 };

@@ -23,6 +23,7 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # crvq_call in call.h: what changes from call to call, and what belongs to the layer.
 _CALL = struct.Struct("2P3q4i")
 _LAYER = struct.Struct("5P2q10i")
+SEARCH_CALL = struct.Struct("7P7q4i")  # crvq_search_call
 _WEIGHTS_PER_STEP = 2**20  # dequantized at a time
 
 
@@ -32,7 +33,8 @@ class Library:
     Attributes:
         supported: index into `INSTRUCTIONS` of the best this processor has.
         level: index into `INSTRUCTIONS` of what is used.
-        linear, dequantize: C functions of a packed `crvq_call`; what they return is for `_check`.
+        linear, dequantize: C functions of a packed `crvq_call`; what they return is for `Layer`.
+        search: C function of a packed `SEARCH_CALL`; returns 0, or another number for a code that is no codeword's.
     """
 
     def __init__(self, path: Path):
@@ -42,10 +44,11 @@ class Library:
             OSError: it cannot be loaded, or belongs to another version of this package.
         """
         library = ctypes.CDLL(str(path))
-        if library.crvq_call_size() != _CALL.size + _LAYER.size:
+        if library.crvq_call_size() != _CALL.size + _LAYER.size + SEARCH_CALL.size:
             raise OSError(f"{path} was built from other sources; install crvq_hf again")
         self.linear, self.dequantize = library.crvq_linear, library.crvq_dequantize
-        for function in (self.linear, self.dequantize):
+        self.search = library.crvq_search
+        for function in (self.linear, self.dequantize, self.search):
             function.argtypes = [ctypes.c_char_p]
         self.supported = self.level = library.crvq_instructions()
 

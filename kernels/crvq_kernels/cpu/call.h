@@ -5,7 +5,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
-enum { OK = 0, NO_MEMORY = 1, BAD_ORDER = 2 };
+enum { OK = 0, NO_MEMORY = 1, BAD_ORDER = 2, BAD_CODE = 3 };
 
 /* One call. binding.py packs the same fields in the same order: first what changes from call to call. */
 typedef struct {
@@ -35,8 +35,34 @@ EXPORT int crvq_linear(const crvq_call *call);
 /* Writes rows [row_start, row_start + row_count) of the weight, fp32. Returns OK, NO_MEMORY or BAD_ORDER. */
 EXPORT int crvq_dequantize(const crvq_call *call);
 
+/* One search for codes (code_search.py has the same fields in the same order), for groups that lie beside each other.
+ *
+ * What the row n wants of a group is the vector w; the best codeword c has the largest w . c + energy[c], the first of
+ * several. Without `metric`, w is what `wanted` holds there. With it the codes are changed one after the other, as one
+ * step of Gauss-Seidel: w also has what the code of before was, and what a new code takes away from `wanted` is seen by
+ * all groups after it. */
+typedef struct {
+    float *wanted;          /* [rows, groups * group], with a metric kept up to date */
+    float *change;          /* [rows, groups * group]: what the codewords have changed by is added; with a metric */
+    int64_t *codes;         /* [virtual groups, rows] */
+    const float *codebooks; /* [num_codebooks, codebook_size, group] */
+    const float *columns;   /* [num_codebooks, group, padded_size]: the same, a column for each dimension */
+    const float *energies;  /* [groups, num_codebooks, padded_size], -infinity past codebook_size */
+    const float *metric;    /* [groups * group, groups * group] or NULL */
+    int64_t rows, groups, codebook_size, padded_size;
+    int64_t first_group; /* number of the first of these groups in the layer */
+    int64_t all_groups;  /* of the layer: the codes of extended codebooks come after as many rows of `codes` */
+    int64_t critical;    /* groups of the layer that have extended codes */
+    int32_t group, num_codebooks;
+    int32_t instructions; /* number of the instruction set, see instruction_set.h */
+    int32_t threads;
+} crvq_search_call;
+
+/* Writes the codes. Returns OK or BAD_CODE. */
+EXPORT int crvq_search(const crvq_search_call *call);
+
 /* The number of the best instruction set of this processor. */
 EXPORT int crvq_instructions(void);
 
-/* Size of the argument, so that binding.py can refuse a library that was built from other sources. */
+/* Size of both arguments, so that binding.py can refuse a library that was built from other sources. */
 EXPORT int crvq_call_size(void);

@@ -1,4 +1,6 @@
 /* Plain C, for any processor: fp32 tables. */
+#define LANES 4
+#include "code_search.h"
 #include "dense_rows.h"
 #include "float_tables.h"
 #include "numbers.h"
@@ -17,6 +19,8 @@ static void dequantize(layer *l, int64_t tile, int64_t tile_end) { dequantize_ro
 
 static void make(const layer *l, int64_t block, desk *desk) { make_float_tables(l, block, desk); }
 
+static int search(const crvq_search_call *c, int64_t row, int64_t row_end) { return search_rows(c, row, row_end); }
+
 static const table_kind float_tables = {
     .entry_bytes = sizeof(float),
     .read_codebooks = read_codebooks,
@@ -29,6 +33,7 @@ const instruction_set scalar_set = {
     .read_floats = read_floats,
     .write_floats = write_floats,
     .dequantize = dequantize,
+    .search = search,
     .byte_codes = &float_tables,
     .wide_codes = &float_tables,
 };

@@ -6,6 +6,9 @@
 #include <immintrin.h>
 #include <string.h>
 
+#define LANES 16
+#include "code_search.h"
+
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx2,fma,f16c")))
 
 enum { AHEAD_TILES = 24 }; /* codes on their way from memory while others are looked up: 12 KiB */
@@ -224,6 +227,8 @@ TARGET static void read_codebooks_vbmi(layer *l) {
     }
 }
 
+TARGET static int search(const crvq_search_call *c, int64_t row, int64_t row_end) { return search_rows(c, row, row_end); }
+
 static const table_kind byte_tables = {
     .entry_bytes = sizeof(uint16_t),
     .read_codebooks = read_codebooks_vbmi,
@@ -237,6 +242,7 @@ const instruction_set vbmi_set = {
     .read_floats = avx2_read_floats,
     .write_floats = avx2_write_floats,
     .dequantize = avx2_dequantize,
+    .search = search,
     .byte_codes = &byte_tables,
     .wide_codes = &avx2_float_tables,
 };

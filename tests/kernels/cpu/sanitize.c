@@ -27,6 +27,45 @@ static void *caller(void *argument) {
     return (void *)different;
 }
 
+/* The codes of rows that end in the middle of what a thread does at once. */
+static intptr_t search(int instructions) {
+    enum { ROWS = 61, FIRST = 1, GROUPS = 3, ALL = 5, CRITICAL = 2, BOOKS = 3, SIZE = 20, PADDED = 32 };
+    enum { COLUMNS = GROUPS * GROUP };
+    int virtual_groups = ALL + (BOOKS - 1) * CRITICAL;
+    float *wanted = malloc(ROWS * COLUMNS * sizeof(float)), *change = malloc(ROWS * COLUMNS * sizeof(float));
+    float *codebooks = malloc(BOOKS * SIZE * GROUP * sizeof(float));
+    float *columns = calloc(BOOKS * GROUP * PADDED, sizeof(float));
+    float *energies = malloc(GROUPS * BOOKS * PADDED * sizeof(float));
+    float *metric = malloc(COLUMNS * COLUMNS * sizeof(float));
+    int64_t *first = malloc(virtual_groups * ROWS * 8), *codes = malloc(virtual_groups * ROWS * 8);
+    crvq_search_call call = {
+        .wanted = wanted, .change = change, .codebooks = codebooks, .columns = columns, .energies = energies,
+        .metric = metric, .rows = ROWS, .groups = GROUPS, .codebook_size = SIZE, .padded_size = PADDED,
+        .first_group = FIRST, .all_groups = ALL, .critical = CRITICAL, .group = GROUP, .num_codebooks = BOOKS,
+        .instructions = instructions,
+    };
+    for (int i = 0; i < BOOKS * SIZE * GROUP; i++) codebooks[i] = (i * 7919 % 2001 - 1000) / 500.0f;
+    for (int i = 0; i < BOOKS * SIZE * GROUP; i++) {
+        columns[(i / (SIZE * GROUP) * GROUP + i % GROUP) * PADDED + i / GROUP % SIZE] = codebooks[i];
+    }
+    for (int i = 0; i < COLUMNS * COLUMNS; i++) metric[i] = i / COLUMNS == i % COLUMNS;
+    for (int i = 0; i < GROUPS * BOOKS * PADDED; i++) energies[i] = i % PADDED < SIZE ? -i % 5 : -__builtin_inff();
+    intptr_t different = 0;
+    for (call.threads = 1; call.threads < 5; call.threads++) {
+        call.codes = call.threads == 1 ? first : codes;
+        for (int i = 0; i < virtual_groups * ROWS; i++) call.codes[i] = i % SIZE;
+        for (int i = 0; i < ROWS * COLUMNS; i++) wanted[i] = i * 104729 % 2001 / 300.0f, change[i] = 0;
+        different |= crvq_search(&call);
+        if (call.threads > 1) different |= memcmp(first, codes, virtual_groups * ROWS * 8) != 0;
+    }
+    codes[(FIRST + 1) * ROWS + 17] = SIZE;
+    different |= crvq_search(&call) != BAD_CODE;
+    call.metric = NULL; /* codes are only written then */
+    different |= crvq_search(&call);
+    free(wanted), free(change), free(codebooks), free(columns), free(energies), free(metric), free(first), free(codes);
+    return different;
+}
+
 int main(void) {
     int blocks = (CHANNELS / GROUP + (BOOKS - 1) * CRITICAL + TILE_GROUPS - 1) / TILE_GROUPS;
     size_t codes = (size_t)blocks * TILE_GROUPS * ROWS;
@@ -54,6 +93,7 @@ int main(void) {
             pthread_join(threads[i], &result);
             different |= (intptr_t)result;
         }
+        different |= search(instructions);
     }
     free(tiles), free(codebooks), free(scales), free(order), free(x);
     puts(different ? "different results" : "done");
