@@ -12,9 +12,8 @@ from .search import LayerFit, update_codebooks_, update_codes_, update_scales_
 
 # Found by measurement on SmolLM2-135M (benchmarks/LOG.md); none of them changes what is stored.
 DAMPING = 0.1  # share of the mean diagonal of H
-ROUNDS = 8  # rounds of codes, scales, codebooks
-CG_STEPS = 3  # conjugate-gradient steps a round
-MIN_GAIN = 0.005  # stop when a round gains less than this share
+ROUNDS = 12  # rounds of codes, scales, codebooks
+MIN_GAIN = 0.003  # stop when a round gains less than this share
 KMEANS_ITERATIONS = 8
 RANKING_KMEANS_ITERATIONS = 3  # for the plain quantization that only ranks channels
 CRITICAL_BASE_WEIGHT = 0.1  # the base codebook leaves critical groups to the extended ones
@@ -104,7 +103,7 @@ def refine_(fit: LayerFit) -> None:
     for _ in range(ROUNDS):
         update_codes_(fit)
         update_scales_(fit)
-        update_codebooks_(fit, CG_STEPS)
+        update_codebooks_(fit)
         last, error = error, fit.relative_error()
         if error > (1 - MIN_GAIN) * last:
             break

@@ -160,36 +160,24 @@ def update_scales_(fit: LayerFit) -> None:
     fit.gradient = fit.target - quantized_h * factor
 
 
-def update_codebooks_(fit: LayerFit, steps: int) -> None:
-    """Improves all codebooks jointly by `steps` of preconditioned conjugate gradient on the quadratic objective.
+def update_codebooks_(fit: LayerFit) -> None:
+    """Improves all codebooks jointly by one preconditioned gradient step, as long as is best (CRVQ section 3.3).
 
     The preconditioner is the objective's own block diagonal, one `d x d` matrix a codeword; a codeword no weight uses
-    has a zero gradient and stays. Stops early at the optimum, and where the Hessian does not see the step. The
-    objective never rises.
+    has a zero gradient and stays. None does where the Hessian does not see the step. The objective never rises.
     """
     shape, critical = fit.codebooks.shape, fit.num_critical_groups
     scale = fit.scales[:, None]
-    inverse = _preconditioner(fit)
-    residual = scatter(fit.gradient * scale, fit.codes, shape, critical)
-    direction, step_power = None, 0.0
-    for _ in range(steps):
-        conditioned = torch.einsum("bcde,bce->bcd", inverse, residual)
-        power = float((residual * conditioned).sum())
-        if power <= 0:
-            return
-        direction = conditioned if direction is None else conditioned + (power / step_power) * direction
-        step_power = power
-        change = assemble(direction, fit.codes, critical) * scale
-        change_h = change @ fit.hessian
-        rounding = _curvature_rounding(change, fit.hessian).sum()
-        curvature, rounding = torch.stack([(change * change_h).sum(), rounding]).tolist()  # one wait for the device
-        if not curvature > rounding:
-            return
-        alpha = power / curvature
-        fit.codebooks = fit.codebooks + alpha * direction
-        fit.quantized.add_(change, alpha=alpha)
-        fit.gradient.add_(change_h, alpha=-alpha)
-        residual = scatter(fit.gradient * scale, fit.codes, shape, critical)
+    slope = scatter(fit.gradient * scale, fit.codes, shape, critical)
+    direction = torch.einsum("bcde,bce->bcd", _preconditioner(fit), slope)
+    change = assemble(direction, fit.codes, critical) * scale
+    change_h = change @ fit.hessian
+    curvature = (change * change_h).sum()
+    seen = curvature > _curvature_rounding(change, fit.hessian).sum()
+    length = torch.where(seen, (slope * direction).sum() / curvature, torch.zeros_like(curvature))
+    fit.codebooks = fit.codebooks + length * direction
+    fit.quantized += length * change
+    fit.gradient -= length * change_h
 
 
 def _preconditioner(fit: LayerFit) -> Tensor:
