@@ -45,7 +45,7 @@ def centroid_metrics(codes: Tensor, row_weight: Tensor, metrics: Tensor, codeboo
     n, num_groups = codes.shape
     group = torch.arange(num_groups, device=codes.device)
     index = (codes * num_groups + group).reshape(-1)
-    counts = torch.zeros(codebook_size * num_groups, device=codes.device)
+    counts = metrics.new_zeros(codebook_size * num_groups)
     counts.index_add_(0, index, row_weight[:, None].expand(n, num_groups).reshape(-1))
     return (counts.view(codebook_size, num_groups) @ metrics.flatten(1)).view(codebook_size, *metrics.shape[1:])
 
@@ -58,7 +58,8 @@ def ridged(matrices: Tensor) -> Tensor:
     """
     ridge = _RIDGE * torch.finfo(matrices.dtype).eps * matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
     ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
-    return matrices + ridge[..., None, None] * torch.eye(matrices.shape[-1], device=matrices.device)
+    identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return matrices + ridge[..., None, None] * identity
 
 
 def kmeans(
@@ -87,13 +88,13 @@ def kmeans(
     n, num_groups, d = vectors.shape
     rows = max(1, max_vectors // num_groups)
     if n > rows:
-        pick = torch.randperm(n, generator=generator)[:rows].to(vectors.device)
+        pick = torch.randperm(n, generator=generator, device="cpu")[:rows].to(vectors.device)
         vectors, row_weight = vectors[pick], row_weight[pick]
         n = rows
     flat = vectors.reshape(-1, d)
 
     def draw(count: int) -> Tensor:
-        index = torch.randperm(len(flat), generator=generator)
+        index = torch.randperm(len(flat), generator=generator, device="cpu")
         return flat[index.repeat(-(-count // len(flat)))[:count].to(flat.device)]
 
     codebook = draw(codebook_size)

@@ -123,7 +123,7 @@ def _rank_channels(
     if rule == "weight_activation":
         scales = _row_scales(weight)
         vectors = (weight / scales[:, None]).view(len(weight), -1, d)
-        plain = torch.eye(d, device=weight.device).expand(vectors.shape[1], d, d)
+        plain = torch.eye(d, dtype=weight.dtype, device=weight.device).expand(vectors.shape[1], d, d)
         book = kmeans(vectors, plain, scales.square(), codebook_size, RANKING_KMEANS_ITERATIONS, generator)
         residual = weight - (book[nearest_codes(vectors, book, plain)] * scales[:, None, None]).view_as(weight)
     return channel_order(channel_importance(rule, weight, residual, hessian, generator))

@@ -83,8 +83,8 @@ class HessianAccumulator:
         """
         size, device = len(self.quanta), self.quanta.device
         if not self.rows:
-            return torch.eye(size, device=device)
-        result = torch.empty(size, size, device=device)
+            return torch.eye(size, dtype=torch.float32, device=device)
+        result = torch.empty(size, size, dtype=torch.float32, device=device)
         for start in range(0, size, _STRIP):
             strip = self.quanta[start : start + _STRIP, start:] * (self.quantum / self.rows)
             result[start : start + _STRIP, start:] = strip
@@ -104,7 +104,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     """
     mean = hessian.diagonal().mean()
     if mean <= 0:
-        return torch.eye(len(hessian), device=hessian.device)
+        return torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     result = hessian.clone()
     result.diagonal().add_(damping * mean)
     return result

@@ -29,7 +29,8 @@ def channel_importance(
         return residual.square().mean(0) * hessian.diagonal()
     if rule == "weight":
         return weight.abs().mean(0)
-    return torch.rand(weight.shape[1], generator=generator).to(weight.device)
+    draws = torch.rand(weight.shape[1], generator=generator, dtype=torch.float32, device="cpu")
+    return draws.to(weight.device)
 
 
 def channel_order(importance: Tensor) -> Tensor:

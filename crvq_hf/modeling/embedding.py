@@ -120,7 +120,8 @@ class Int8Embedding(nn.Embedding):
         dense = copy.deepcopy(self.dense)
         dense.weight = nn.Parameter(dequantize_rows(self.weight, self.weight_row_scale, dtype))
         if isinstance(getattr(dense, "embed_scale", None), Tensor):
-            dense.embed_scale = torch.tensor(dense.scalar_embed_scale, device=self.weight.device)
+            scale = torch.tensor(dense.scalar_embed_scale, dtype=torch.float32, device=self.weight.device)
+            dense.embed_scale = scale
         return dense.train(self.training)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:

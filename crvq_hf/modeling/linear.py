@@ -7,6 +7,7 @@ The one border between two vocabularies: checkpoints say `weight`, `weight_codeb
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import crvq_kernels
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..quantized_weight import TENSOR_NAMES, LayerShape, QuantizedWeight, decode_codebooks, encode_codebooks
 
 # Arguments of the kernels.
-_IN_ORDER = ("weight", "weight_codebooks", "weight_scale", "weight_order", "bias")
+_operands = itemgetter("weight", "weight_codebooks", "weight_scale", "weight_order", "bias")
 
 
 class CRVQLinear(nn.Linear):
@@ -175,8 +176,9 @@ class CRVQLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `[..., N]` in the dtype of `input`, `[..., K]`."""
-        if input.is_cpu and crvq_kernels.is_plain(input, self.bias) and (layer := self._cpu_layer()) is not None:
-            return layer(input)
+        if crvq_kernels.is_plain(input, self._parameters.get("bias")) and input.is_cpu:
+            if (layer := self._cpu_layer()) is not None:
+                return layer(input)
         return crvq_kernels.linear(
             input,
             self.weight,
@@ -194,8 +196,10 @@ class CRVQLinear(nn.Linear):
 
     def _cpu_layer(self) -> crvq_kernels.CPULayer | None:
         """Returns the layer packed for the CPU kernel, anew if a tensor has changed; None if it is not tiled."""
-        parameters = self._parameters
-        tensors = [parameters.get(name) for name in _IN_ORDER]
+        try:
+            tensors = _operands(self._parameters)
+        except KeyError:  # one of them is computed: a parametrization has taken its place
+            return None
         if self._packed is None or not self._packed.is_of(*tensors):
             if tensors[0] is None or tensors[0].dim() != 1 or not crvq_kernels.prefers_tiles("cpu"):
                 return None
@@ -216,6 +220,7 @@ class CRVQLinear(nn.Linear):
             probe = fn(tensor.new_empty(1))
             return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
 
+        self._packed = None  # it holds on to the memory that is left
         super()._apply(move, recurse)
         return self.tile_() if self._is_tiled else self
 

@@ -122,7 +122,7 @@ def _windows(text: str, tokenizer: Any, config: CRVQConfig) -> Tensor:
             f"need {needed * config.seqlen}; give more text or lower {field} or seqlen."
         )
     generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(available, generator=generator)[:needed]
+    chosen = torch.randperm(available, generator=generator, device="cpu")[:needed]
     return tokens[: available * config.seqlen].view(available, config.seqlen)[chosen]
 
 
@@ -201,7 +201,11 @@ def self_written_tokens(model: nn.Module, nsamples: int, seqlen: int, seed: int)
         first = None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        starts = torch.randint(vocabulary, (nsamples, 1)) if first is None else torch.full((nsamples, 1), first)
+        shape = (nsamples, 1)
+        if first is None:
+            starts = torch.randint(vocabulary, shape, device="cpu")
+        else:
+            starts = torch.full(shape, first, dtype=torch.int64, device="cpu")
         if seqlen == 1:
             return starts
         bar = transformers_logging.tqdm(

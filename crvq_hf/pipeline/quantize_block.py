@@ -42,7 +42,8 @@ def quantize_block_(run: Run, index: int, inputs: Tensor | None, targets: Tensor
     if inputs is None:
 
         def identity(name: str) -> Tensor:
-            return torch.eye(linear_size(block.get_submodule(name))[0], device=run.device)
+            size, _ = linear_size(block.get_submodule(name))
+            return torch.eye(size, dtype=torch.float32, device=run.device)
 
         _quantize_stage(run, index, [[name] for name in names], identity)
         return

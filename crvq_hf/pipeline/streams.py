@@ -82,7 +82,7 @@ def embed(runner: BlockRunner, tokens: Tensor, config: CRVQConfig, work: WorkFol
             f"{available / 1e9:.1f} GB are free; lower nsamples or seqlen."
         )
     shape = (*tokens.shape, width)
-    full = work.scratch(shape, dtype) if on_disk else torch.empty(shape, dtype=dtype)
+    full = work.scratch(shape, dtype) if on_disk else torch.empty(shape, dtype=dtype, device="cpu")
     for batch, place in zip(batches(tokens), batches(full), strict=True):
         place.copy_(runner.embed(batch))
     return full, full[: len(first)].clone()

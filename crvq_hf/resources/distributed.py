@@ -129,7 +129,8 @@ def sum_gradients_(parameters: list[Tensor], loss: float) -> float:
     """Adds up the gradients over all processes; one that no process has stays None. Returns the sum of `loss`."""
     if _group is None:
         return loss
-    has = torch.tensor([loss, *(float(p.grad is not None) for p in parameters)], device=parameters[0].device)
+    has = [loss, *(float(p.grad is not None) for p in parameters)]
+    has = torch.tensor(has, dtype=torch.float32, device=parameters[0].device)
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = sum_(torch.cat([has, *(gradient.flatten() for gradient in gradients)]))
     counts, *parts = flat.split([len(has), *(p.numel() for p in parameters)])

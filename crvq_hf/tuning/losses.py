@@ -41,7 +41,8 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = logits.flatten(0, -2), teacher.flatten(0, -2)
-        gradient, total = torch.empty_like(student), torch.zeros((), device=logits.device)
+        gradient = torch.empty_like(student)
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
         for start in range(0, len(student), _DIVERGENCE_TOKENS):
             part = slice(start, start + _DIVERGENCE_TOKENS)
             log_q = F.log_softmax(student[part].float(), -1)

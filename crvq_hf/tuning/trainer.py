@@ -20,7 +20,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def shuffled(count: int, epochs: int, seed: int) -> list[int]:
     """Returns the indices 0..count-1 in a new random order for each epoch, one epoch after the other."""
     generator = torch.Generator().manual_seed(seed)
-    return [int(i) for _ in range(epochs) for i in torch.randperm(count, generator=generator)]
+    return [int(i) for _ in range(epochs) for i in torch.randperm(count, generator=generator, device="cpu")]
 
 
 class Trainer:

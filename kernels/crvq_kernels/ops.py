@@ -12,6 +12,7 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import cpu, portable
 from .packing import num_virtual_groups, packed_width, tile_codes, tiled_size, untile_codes
@@ -19,6 +20,11 @@ from .packing import num_virtual_groups, packed_width, tile_codes, tiled_size, u
 logger = logging.getLogger("crvq")
 
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What a thread has set where nothing special is going on, in inference mode and outside of it.
+_included_keys = torch._C._dispatch_tls_local_include_set
+_num_function_modes = torch._C._len_torch_function_stack
+_INFERENCE_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_ORDINARY_KEYS = (_INFERENCE_KEYS.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr(), _INFERENCE_KEYS.raw_repr())
 
 
 def prefers_tiles(device: torch.device | str) -> bool:
@@ -77,12 +83,20 @@ def linear(
         nbits: bits per code, 4..12.
         num_critical_groups: groups that have a code in every codebook.
 
+    Under transforms of `torch.func` and forward-mode differentiation the dense weight is made, whose product PyTorch
+    can differentiate and vectorise in every way.
+
     Returns:
         `[..., N]`, in the dtype of `x`, accumulated in fp32.
 
     Raises:
         ValueError: if a shape, dtype or device does not fit the others.
     """
+    if _is_transformed():
+        layer = (codes, codebooks, scales, channel_order)
+        _check_linear(x, *layer, bias, nbits, num_critical_groups)
+        weight = torch.ops.crvq.dequantize(*layer, nbits, num_critical_groups, x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return torch.ops.crvq.linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critical_groups)
 
 
@@ -122,14 +136,25 @@ def _log_once(name: str) -> None:
 def is_plain(x: Tensor, *trainable: Tensor | None) -> bool:
     """Returns whether the dispatcher would end up calling the kernel with these tensors, and do nothing else.
 
-    It takes as long as a small layer on a CPU, so `CRVQLinear` calls `cpu.Layer` itself where this holds: no tracing,
-    no subclass of tensors, nothing to differentiate.
+    It takes as long as a small layer on a CPU, so `CRVQLinear` calls `cpu.Layer` itself where this holds: no tracing
+    and no mode of any kind, which PyTorch writes down in a set of keys, no subclass or special kind of tensor, nothing
+    to differentiate in either direction.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    if _included_keys().raw_repr() not in _ORDINARY_KEYS or _num_function_modes() or forward_ad._current_level >= 0:
         return False
     if not torch.is_grad_enabled():
         return True
     return not any(tensor is not None and tensor.requires_grad for tensor in (x, *trainable))
+
+
+def _is_transformed() -> bool:
+    """Returns whether `torch.func` transforms what runs, or forward-mode differentiation carries tangents along.
+
+    The gradient that is registered below serves neither.
+    """
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def _linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critical_groups):
@@ -151,8 +176,9 @@ def _linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critica
         y = run(tokens.float(), *layer, *constants)
         y = (y if bias is None else y.add_(bias)).to(x.dtype)
     else:
-        y = _cpu_layer(layer, bias, *constants)(tokens)
-    return y.view(shape)
+        return _cpu_layer(layer, bias, *constants)(x)
+    # Not as a view: what an operator returns could else not be changed in place under autograd.
+    return torch.ops.aten._unsafe_view(y, shape)
 
 
 def _linear_triton(name, tokens, layer, bias, nbits, num_critical_groups):

@@ -190,8 +190,8 @@ def num_virtual_groups(in_features: int, in_group_size: int, num_codebooks: int,
 
 def codebook_ids(num_groups: int, num_codebooks: int, num_critical_groups: int) -> Tensor:
     """Returns the codebook of each virtual group: `[V]`, int64, 0 for the `num_groups` base groups, then 1, 2, ..."""
-    extended = torch.arange(1, num_codebooks).repeat_interleave(num_critical_groups)
-    return torch.cat([torch.zeros(num_groups, dtype=torch.int64), extended])
+    extended = torch.arange(1, num_codebooks, dtype=torch.int64, device="cpu").repeat_interleave(num_critical_groups)
+    return torch.cat([extended.new_zeros(num_groups), extended])
 
 
 def channel_index(channel_order: Tensor, in_group_size: int, num_codebooks: int, num_critical_groups: int) -> Tensor:

@@ -37,7 +37,7 @@ def dequantize_ref(
     vectors = _code_vectors(codes_packed, codebooks, channel_order, nbits, num_critical_groups)
     num_codebooks, _, in_group_size = codebooks.shape
     index = channel_index(channel_order, in_group_size, num_codebooks, num_critical_groups)
-    weight = torch.zeros(codes_packed.shape[0], channel_order.numel(), device=codes_packed.device)
+    weight = vectors.new_zeros(codes_packed.shape[0], channel_order.numel())
     weight.index_add_(1, index, vectors)
     return (weight * scales.float()[:, None]).to(dtype)
 

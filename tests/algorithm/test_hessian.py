@@ -93,7 +93,7 @@ def test_inputs_that_outgrow_the_quanta_still_count():
     assert accumulator.is_exact
     accumulator.add(1e4 * INPUTS.float())
     assert not accumulator.is_exact
-    assert relative_error(accumulator.hessian(), expected(1e4 * INPUTS) / 2) < 1e-6
+    assert relative_error(accumulator.hessian(), expected(1e4 * INPUTS.double()) / 2) < 1e-6
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e-18, 1e15])

@@ -10,12 +10,13 @@
     pool.h, pool.c                 threads
     call.h, call.c                 the functions that Python calls: which thread does what, in which memory
     code_search.c                  the search for codes, shared out over threads
+    address.py                     the one check that every address passes on its way to C
     binding.py                     finds the library, chooses its instruction set, calls it through ctypes
     code_search.py                 calls the search
 
-Only `ops`, `crvq_kernels.code_search` and `crvq_kernels` itself use this, beside tests, benchmarks and `crvq doctor`. `binding` imports `packing`
-and nothing else of `crvq_kernels`. A new instruction set is a file of C, its number in `instruction_set.h`, a line in
-`instruction_set.c`, and its name in `binding.INSTRUCTIONS`.
+Only `ops`, `crvq_kernels.code_search` and `crvq_kernels` itself use this, beside tests, benchmarks and `crvq doctor`.
+`binding` imports `packing` and nothing else of `crvq_kernels`, `address` nothing. A new instruction set is a file of
+C, its number in `instruction_set.h`, a line in `instruction_set.c`, and its name in `binding.INSTRUCTIONS`.
 """
 
 from .binding import INSTRUCTIONS, Layer, library, uses_tables, why_not_better

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import num_virtual_groups, tiled_size
+from .address import address
 
 INSTRUCTIONS = ("scalar", "avx2", "vbmi")  # numbered as in instruction_set.h, each better than the one before
 CHOICES = (*INSTRUCTIONS, "torch")
 FILE = Path(__file__).with_name("libcrvq_cpu.so")
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ORDERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # crvq_call in call.h: what changes from call to call, and what belongs to the layer.
 _CALL = struct.Struct("2P3q4i")
 _LAYER = struct.Struct("5P2q10i")
@@ -124,7 +126,7 @@ class Layer:
         """Takes the arguments of `ops.linear`: contiguous, on the CPU, floats of 16 or 32 bits, codes tiled.
 
         Raises:
-            ValueError: they are not, or do not fit each other. C reads what it is told.
+            ValueError: they are not, or do not fit each other.
         """
         tensors = (tiles, codebooks, scales, channel_order, bias)
         given = [tensor for tensor in tensors if tensor is not None]
@@ -133,23 +135,28 @@ class Layer:
         num_codebooks, codebook_size, in_group_size = codebooks.shape
         num_codes = num_virtual_groups(self.in_features, in_group_size, num_codebooks, num_critical_groups)
         if (
-            not all(tensor.is_cpu and tensor.is_contiguous() for tensor in given)
-            or not all(tensor.dtype in _TYPES for tensor in floats)
+            not all(tensor.dtype in _TYPES for tensor in floats)
+            or channel_order.dtype not in _ORDERS
             or in_group_size not in (4, 8, 16)
             or not 0 < codebook_size <= 2**nbits
             or self.in_features % in_group_size
             or not 0 <= num_critical_groups <= self.in_features // in_group_size
-            or tiles.dtype != torch.uint8
-            or tiles.shape != (tiled_size(self.out_features, num_codes, nbits),)
-            or (bias is not None and bias.shape != scales.shape)
         ):
-            raise ValueError("these tensors are not those of a tiled layer, contiguous and on the CPU")
+            raise ValueError("these tensors are not those of a tiled layer")
         self.nbits = nbits
         self.tensors = tensors
-        self.addresses = tuple(tensor.data_ptr() for tensor in given)
+        self.addresses = (
+            address(tiles, torch.uint8, tiled_size(self.out_features, num_codes, nbits)),
+            address(codebooks, codebooks.dtype, num_codebooks * codebook_size * in_group_size),
+            address(scales, scales.dtype, self.out_features),
+            address(channel_order, channel_order.dtype, self.in_features),
+            *([] if bias is None else [address(bias, bias.dtype, self.out_features)]),
+        )
+        # While these are held, nothing else can come to lie at the addresses, whatever `.data` of a tensor becomes.
+        self._memory = [tensor.untyped_storage() for tensor in given]
         self._library = library()
         self._constants = _LAYER.pack(
-            *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+            *(self.addresses if bias is not None else (*self.addresses, 0)),
             self.out_features,
             self.in_features,
             in_group_size,
@@ -199,40 +206,46 @@ class Layer:
             if num_tokens == 0:
                 return x.new_empty(*shape[:-1], self.out_features)
             if not uses_tables(num_tokens, self.out_features, self.nbits, x.dtype):
-                return self._dequantize_and_multiply(x.reshape(num_tokens, -1)).view(*shape[:-1], self.out_features)
+                y = x.new_empty(*shape[:-1], self.out_features)
+                self._dequantize_and_multiply(x.reshape(num_tokens, -1), y.view(num_tokens, -1))
+                return y
         if not x.is_contiguous():
             x = x.contiguous()
-        y = torch.empty(*shape[:-1], self.out_features, dtype=x.dtype)
+        dtype = x.dtype
+        y = x.new_empty(*shape[:-1], self.out_features)
+        places = address(x, dtype, num_tokens * self.in_features), address(y, dtype, num_tokens * self.out_features)
         numbers = (num_tokens, 0, 0, x_type, self._library.level, torch.get_num_threads(), 0)
-        call = _CALL.pack(x.data_ptr(), y.data_ptr(), *numbers) + self._constants
-        if status := self._library.linear(call):
+        if status := self._library.linear(_CALL.pack(*places, *numbers) + self._constants):
             self._explain(status)
         return y
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the dense weight `[N, K]`, `dtype`, channels in original order."""
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device="cpu")
         for rows in self._row_steps():
             weight[rows] = self._dequantize_rows(rows, permuted=False)
         return weight
 
-    def _dequantize_and_multiply(self, x: Tensor) -> Tensor:
-        """Multiplies `x` (`[M, K]`) with a few dequantized rows at a time: bfloat16 as such, all else in fp32."""
+    def _dequantize_and_multiply(self, x: Tensor, y: Tensor) -> None:
+        """Writes the product of `x` (`[M, K]`) and the weight into `y` (`[M, N]`).
+
+        A few rows are dequantized at a time: bfloat16 as such, all else in fp32.
+        """
         _, _, _, channel_order, bias = self.tensors
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         ordered = x.to(dtype).index_select(1, channel_order.int())
         bias = None if bias is None else bias.to(dtype)
-        y = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
         for rows in self._row_steps():
             weight = self._dequantize_rows(rows, permuted=True).to(dtype)
             y[:, rows] = F.linear(ordered, weight, None if bias is None else bias[rows])
-        return y
 
     def _dequantize_rows(self, rows: slice, permuted: bool) -> Tensor:
         """Returns rows of the weight, fp32, columns in the order of `channel_order` or in original order."""
-        out = torch.empty(rows.stop - rows.start, self.in_features)
-        numbers = (0, rows.start, len(out), 0, self._library.level, torch.get_num_threads(), int(permuted))
-        if status := self._library.dequantize(_CALL.pack(0, out.data_ptr(), *numbers) + self._constants):
+        count = rows.stop - rows.start
+        out = torch.empty(count, self.in_features, dtype=torch.float32, device="cpu")
+        place = address(out, torch.float32, count * self.in_features)
+        numbers = (0, rows.start, count, 0, self._library.level, torch.get_num_threads(), int(permuted))
+        if status := self._library.dequantize(_CALL.pack(0, place, *numbers) + self._constants):
             self._explain(status)
         return out
 

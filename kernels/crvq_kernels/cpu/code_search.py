@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .address import address
 from .binding import SEARCH_CALL, library
 
 _MULTIPLE = 16  # codewords of a codebook are padded to this many
@@ -28,38 +29,28 @@ def choose_codes_(
     num_codebooks, size, d = codebooks.shape
     rows, columns = wanted.shape
     groups, padding = columns // d, -size % _MULTIPLE
+    padded, fp32 = size + padding, torch.float32
+    if columns != groups * d or not 0 <= first_group <= all_groups - groups or not 0 <= critical <= all_groups:
+        raise ValueError(f"{columns} columns from group {first_group} on are not part of {all_groups} groups of {d}")
     codebooks = codebooks.contiguous()
     by_dimension = F.pad(codebooks.transpose(1, 2), (0, padding)).contiguous()
     energies = F.pad(energies, (0, padding), value=-torch.inf).contiguous()
     change = None if metric is None else torch.zeros_like(wanted)
     metric = None if metric is None else metric.contiguous()
-    fits = (
-        columns == groups * d
-        and 0 <= first_group <= all_groups - groups
-        and 0 <= critical <= all_groups
-        and codes.shape == (all_groups + (num_codebooks - 1) * critical, rows)
-        and energies.shape == (groups, num_codebooks, size + padding)
-        and (metric is None or metric.shape == (columns, columns))
-    )
-    floats = [wanted, codebooks, by_dimension, energies, *([] if metric is None else [change, metric])]
-    if not (
-        fits
-        and codes.dtype == torch.int64
-        and all(tensor.dtype == torch.float32 for tensor in floats)
-        and all(tensor.is_cpu and tensor.is_contiguous() for tensor in [codes, *floats])
-    ):
-        raise ValueError("these tensors are not those of a search for codes: fp32, contiguous and of shapes that fit")
     own = library()
     status = own.search(
         SEARCH_CALL.pack(
-            wanted.data_ptr(),
-            *(0 if tensor is None else tensor.data_ptr() for tensor in (change, codes, codebooks, by_dimension)),
-            energies.data_ptr(),
-            0 if metric is None else metric.data_ptr(),
+            address(wanted, fp32, rows * columns),
+            0 if change is None else address(change, fp32, rows * columns),
+            address(codes, torch.int64, (all_groups + (num_codebooks - 1) * critical) * rows),
+            address(codebooks, fp32, num_codebooks * size * d),
+            address(by_dimension, fp32, num_codebooks * d * padded),
+            address(energies, fp32, groups * num_codebooks * padded),
+            0 if metric is None else address(metric, fp32, columns * columns),
             rows,
             groups,
             size,
-            size + padding,
+            padded,
             first_group,
             all_groups,
             critical,
