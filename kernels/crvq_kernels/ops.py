@@ -152,7 +152,7 @@ def _linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critica
         y = (y if bias is None else y.add_(bias)).to(x.dtype)
     else:
         y = _cpu_layer(layer, bias, *constants)(tokens)
-    return y.view(shape)
+    return torch.ops.aten._unsafe_view(y, shape)  # to autograd no view: what is one cannot be changed in place
 
 
 def _linear_triton(name, tokens, layer, bias, nbits, num_critical_groups):
