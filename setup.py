@@ -95,6 +95,7 @@ setup(
         "eval": [LM_EVAL],
         "dev": [
             *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "setuptools>=77", "kernels", "peft"),
+            "scikit-learn",  # of PEFT's AdaMSS
             *(DATASETS, GGUF, REPORT, *SERVE),
         ],
     },

@@ -11,13 +11,14 @@ and `commands` to the command line. Imports go from the later to the earlier, wh
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 from crvq_import_hooks import when_imported
 
 from .config import CRVQConfig
-from .modeling.adapters import PEFT_TUNERS, refuse_merging
+from .modeling.adapters import WRAPPED, wrap_peft
 from .moved import alias_moved_modules
 from .quantizer import register
 
@@ -33,7 +34,8 @@ _LAZY = {
 }
 
 register()
-when_imported(PEFT_TUNERS, refuse_merging)
+for _name in WRAPPED:
+    when_imported(_name, partial(wrap_peft, _name))
 alias_moved_modules()
 
 

@@ -21,6 +21,7 @@ from .checkpoint.loading import check_loaded, match_checkpoint
 from .checkpoint.metadata import metadata_of
 from .config import QUANT_METHOD, CRVQConfig
 from .modeling.blocks import find_blocks
+from .modeling.counting import QUANTIZED, count_weights_
 from .modeling.embedding import (
     Int8Embedding,
     Int8Head,
@@ -30,6 +31,7 @@ from .modeling.embedding import (
     replace_embeddings_,
 )
 from .modeling.experts import UnfusedExperts, fuse_experts_
+from .modeling.frozen import freeze_
 from .modeling.linear import CRVQLinear
 from .modeling.replace import quantizable_linears, replace_with_crvq_, to_dense, unfuse_experts_to_quantize_
 
@@ -114,11 +116,18 @@ class CRVQQuantizer(HfQuantizer):
         model._weight_conversions = []  # saved as it is: the conversions know nothing of codes
         for module in model.modules():
             if isinstance(module, CRVQLinear):
-                module.tile_()
+                module.tile_().compute_dtype = model.dtype
+            if isinstance(module, QUANTIZED):
+                freeze_(module)
         fix_vocabulary_(model)
+        count_weights_(model)
         model.add_model_tags([QUANT_METHOD])
         model.push_to_hub = partial(_push_to_hub, model)
         self.is_compileable = not any(isinstance(module, UnfusedExperts) for module in model.modules())
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Turns every layer back into a dense one, in the dtype that the model has by now if none is given."""
+        return super().dequantize(model, model.dtype if dtype is None else dtype)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Turns every layer back into a dense one, as if the model had been loaded from a dense checkpoint."""
@@ -134,6 +143,7 @@ class CRVQQuantizer(HfQuantizer):
             model.set_submodule(name, to_dense(layer, dtype))
         dequantize_embeddings_(model, dtype)
         fix_vocabulary_(model)
+        count_weights_(model)
         fuse_experts_(model)
         _mark_quantized(model, False)
         model.__dict__.pop("push_to_hub", None)

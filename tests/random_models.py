@@ -1,9 +1,18 @@
 """Tiny random models of many architectures, and a stand-in for the algorithm: random codes and codebooks."""
 
+import torch
 import transformers
 from tiny import SIZES, random_weight
 
-from crvq_hf.modeling.replace import linear_size, quantizable_linears, set_quantized_
+from crvq_hf import CRVQConfig
+from crvq_hf.modeling.embedding import quantize_embeddings_
+from crvq_hf.modeling.replace import (
+    linear_size,
+    quantizable_linears,
+    set_quantized_,
+    unfuse_experts_to_quantize_,
+)
+from crvq_hf.quantizer import CRVQQuantizer
 
 MOE = SIZES | {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -32,3 +41,16 @@ def quantize_randomly(model, tokenizer, config) -> None:
     linears, _ = quantizable_linears(model, config)
     for name, dense in linears.items():
         set_quantized_(model, name, random_weight(config.layer_shape(*linear_size(dense))))
+
+
+def quantized_model(architecture: str, *, embedding_bits: int = 8, dtype: torch.dtype = torch.float32, **changes):
+    """Returns a model with random codes, always the same ones, as transformers would have loaded it."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=dtype)
+    config = CRVQConfig(dataset=None, embedding_bits=embedding_bits)
+    unfuse_experts_to_quantize_(model, config)
+    quantize_randomly(model, None, config)
+    if embedding_bits == 8:
+        quantize_embeddings_(model)
+    CRVQQuantizer(config, pre_quantized=True).attach(model)
+    return model.eval()

@@ -90,6 +90,14 @@ def test_dtype_is_that_of_the_model_by_default(make_model, tmp_path):
     assert loaded.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_is_that_the_model_has_by_now(make_model, tokens, dtype):
+    model = quantize_model(make_model("llama"), config=CRVQConfig(dataset=None, embedding_bits=8)).to(dtype)
+    expected = logits(model, tokens)
+    assert {parameter.dtype for parameter in model.dequantize().parameters()} == {dtype}
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=0.02, atol=0.02)
+
+
 def test_dequantized_model_can_be_quantized_again(make_model):
     config = CRVQConfig(dataset=None)
     model = quantize_model(make_model("llama"), config=config).dequantize()

@@ -2,7 +2,8 @@
 
 `linear` is the CRVQ layer, `embedding` has embeddings and heads in 8 bits, `experts` takes fused experts apart and
 puts them together again. `blocks` finds and runs decoder blocks, `replace` says which layers are quantized and swaps
-them, `adapters` keeps PEFT from merging into codes.
+them. `frozen` and `counting` have the parameters of such layers be what transformers expects, `dense_weight` and
+`adapters` have PEFT read a dense weight where codes are.
 
 Called by everything that has a model in its hands, whether it is quantized, loaded or tuned.
 """

@@ -88,7 +88,25 @@ def int8_linear(input: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     return output.to(input.dtype).view(*input.shape[:-1], len(weight))
 
 
-class Int8Embedding(nn.Embedding):
+class _Int8Rows:
+    """What the two modules below have in common."""
+
+    @property
+    def packed(self) -> nn.Parameter:
+        """The parameter `weight`, also where `adapters` has the attribute show the dense weight."""
+        return self._parameters["weight"]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the model."""
+        return self.weight_row_scale.dtype
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Returns the dense weight `[V, H]` in `dtype`, as the module that this one stands for would hold it."""
+        return dequantize_rows(self.packed, self.weight_row_scale, dtype)
+
+
+class Int8Embedding(_Int8Rows, nn.Embedding):
     """Looks up rows of an int8 weight and makes them dense.
 
     Attributes:
@@ -107,7 +125,7 @@ class Int8Embedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Returns `[..., H]` for token numbers `[...]`."""
         scales = self.weight_row_scale
-        rows = dequantize_rows(F.embedding(input, self.weight), scales[input], scales.dtype)
+        rows = dequantize_rows(F.embedding(input, self.packed), scales[input], scales.dtype)
         scale = getattr(self.dense, "embed_scale", None)
         if scale is None:
             return rows
@@ -118,9 +136,9 @@ class Int8Embedding(nn.Embedding):
     def to_dense(self, dtype: torch.dtype) -> nn.Embedding:
         """Returns the embedding that this one stands for, of the class that it had, its weight in `dtype`."""
         dense = copy.deepcopy(self.dense)
-        dense.weight = nn.Parameter(dequantize_rows(self.weight, self.weight_row_scale, dtype))
+        dense.weight = nn.Parameter(self.dequantize(dtype))
         if isinstance(getattr(dense, "embed_scale", None), Tensor):
-            scale = torch.tensor(dense.scalar_embed_scale, dtype=torch.float32, device=self.weight.device)
+            scale = torch.tensor(dense.scalar_embed_scale, dtype=torch.float32, device=self.packed.device)
             dense.embed_scale = scale
         return dense.train(self.training)
 
@@ -129,7 +147,7 @@ class Int8Embedding(nn.Embedding):
         _store_half(destination, prefix + ROW_SCALE)
 
 
-class Int8Head(nn.Linear):
+class Int8Head(_Int8Rows, nn.Linear):
     """A linear layer onto the vocabulary, from an int8 weight.
 
     Attributes:
@@ -149,14 +167,14 @@ class Int8Head(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `[..., V]` in the dtype of `input`, `[..., H]`."""
-        output = int8_linear(input, self.weight, self.weight_row_scale)
+        output = int8_linear(input, self.packed, self.weight_row_scale)
         return output if self.bias is None else output + self.bias
 
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:
         """Returns the layer that this one stands for, weight and bias in `dtype`."""
         with torch.device("meta"):
             dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        dense.weight = nn.Parameter(dequantize_rows(self.weight, self.weight_row_scale, dtype))
+        dense.weight = nn.Parameter(self.dequantize(dtype))
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().to(dtype))
         return dense.train(self.training)
@@ -237,7 +255,7 @@ def dequantize_embeddings_(model: nn.Module, dtype: torch.dtype) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, (Int8Embedding, Int8Head)):
             dense = module.to_dense(dtype)
-            dense.weight = dense_weights.setdefault(id(module.weight), dense.weight)
+            dense.weight = dense_weights.setdefault(id(module.packed), dense.weight)
             model.set_submodule(name, dense)
             model.all_tied_weights_keys.pop(f"{name}.{ROW_SCALE}", None)
 
@@ -308,8 +326,11 @@ def _weights(model: nn.Module) -> dict[str, int]:
 
 
 def _take_over_(layer: nn.Module, dense: nn.Module, weight: Tensor, scales: Tensor) -> None:
-    """Gives `layer` its tensors, kept as they are if parameters; `dense`, if an embedding, is kept without weight."""
-    for name, tensor in (("weight", weight), (ROW_SCALE, scales)):
+    """Gives `layer` its tensors, kept as they are if parameters; `dense`, if an embedding, is kept without weight.
+
+    Scales come first: many ask the first of a model's parameters for its dtype.
+    """
+    for name, tensor in ((ROW_SCALE, scales), ("weight", weight)):
         is_shared = isinstance(tensor, nn.Parameter)
         layer.register_parameter(name, tensor if is_shared else nn.Parameter(tensor, requires_grad=False))
     if isinstance(dense, nn.Embedding):

@@ -13,8 +13,10 @@ from typing import Any
 import crvq_kernels
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..quantized_weight import TENSOR_NAMES, LayerShape, QuantizedWeight, decode_codebooks, encode_codebooks
+from .frozen import FrozenParameter, as_traced
 
 # Arguments of the kernels.
 _operands = itemgetter("weight", "weight_codebooks", "weight_scale", "weight_order", "bias")
@@ -39,6 +41,8 @@ class CRVQLinear(nn.Linear):
         bias: `[N]`, dtype of the model, or None.
     """
 
+    _compute_dtype = torch.float32
+
     def __init__(
         self,
         in_features: int,
@@ -62,6 +66,8 @@ class CRVQLinear(nn.Linear):
         self.num_critical_groups = num_critical_groups
         self.codebook_bits = codebook_bits
         self.conv1d = False
+        if bias_dtype is not None:
+            self._compute_dtype = bias_dtype
         self._packed: crvq_kernels.CPULayer | None = None
         shape = LayerShape(
             in_features=in_features,
@@ -76,7 +82,7 @@ class CRVQLinear(nn.Linear):
         for name, (size, dtype) in shape.tensors().items():
             self.register_parameter(name, _frozen(torch.empty(size, dtype=dtype, device=device)))
         bias_tensor = torch.empty(out_features, dtype=bias_dtype, device=device) if bias else None
-        self.register_parameter("bias", _frozen(bias_tensor))
+        self.register_parameter("bias", _untrained(bias_tensor))
 
     @classmethod
     def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None) -> CRVQLinear:
@@ -84,7 +90,7 @@ class CRVQLinear(nn.Linear):
         layer = cls.from_shape(weight.shape, bias=bias is not None, bias_dtype=None, device="meta")
         for name, tensor in weight.tensors().items():
             setattr(layer, name, _frozen(tensor))
-        layer.bias = _frozen(bias)
+        layer.bias = _untrained(bias)
         return layer
 
     def tile_(self) -> CRVQLinear:
@@ -92,17 +98,32 @@ class CRVQLinear(nn.Linear):
 
         Layers whose tensors are moved for each forward by accelerate's hooks are left as they are stored.
         """
-        if not (self.weight.is_meta or hasattr(self, "_hf_hook")):
+        if not (self.packed.is_meta or hasattr(self, "_hf_hook")):
             self.weight_codebooks = _frozen(decode_codebooks(self.weight_codebooks))
-            tiled = crvq_kernels.prefers_tiles(self.weight.device)
+            tiled = crvq_kernels.prefers_tiles(self.packed.device)
             if tiled != self._is_tiled:
                 weight = crvq_kernels.tile_codes(*self._codes()) if tiled else self._stored_weight()
                 self.weight = _frozen(weight)
         return self
 
     @property
+    def packed(self) -> nn.Parameter:
+        """The parameter `weight`, also where `adapters` has the attribute show the dense weight."""
+        return self._parameters["weight"]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the model, which PEFT gives to adapters; follows `to`, `half` and so on."""
+        cast_by_hand = self.weight_scale.dtype == torch.float32  # `prepare_model_for_kbit_training` of PEFT
+        return torch.float32 if cast_by_hand else self._compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype) -> None:
+        self._compute_dtype = dtype
+
+    @property
     def _is_tiled(self) -> bool:
-        return self.weight.dim() == 1
+        return self.packed.dim() == 1
 
     def _codes(self) -> tuple[Tensor, int, int]:
         """Returns the codes as they are, bits per code, and the number of codes per row."""
@@ -110,7 +131,7 @@ class CRVQLinear(nn.Linear):
         num_codes = crvq_kernels.num_virtual_groups(
             self.in_features, in_group_size, num_codebooks, self.num_critical_groups
         )
-        return self.weight.detach(), self.nbits, num_codes
+        return self.packed.detach(), self.nbits, num_codes
 
     def _stored_weight(self) -> Tensor:
         """Returns the codes as they are stored, `[N, ceil(V*e/8)]`."""
@@ -167,24 +188,28 @@ class CRVQLinear(nn.Linear):
     def quantized_weight(self) -> QuantizedWeight:
         """Returns the layer's tensors as they are stored, under their names in the algorithm; copied if need be."""
         stored = {"weight": self._stored_weight(), "weight_codebooks": self._stored_codebooks()}
-        tensors = {name: getattr(self, name).detach() for name in TENSOR_NAMES} | stored
+        tensors = {name: self._parameters[name].detach() for name in TENSOR_NAMES} | stored
         return QuantizedWeight.from_tensors(tensors, self.nbits, self.num_critical_groups)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the dense weight `[N, K]` in `dtype`, as an `nn.Linear` would hold it."""
-        return self.quantized_weight().dequantize(dtype)
+        tensors = [self.packed, decode_codebooks(self.weight_codebooks), self.weight_scale, self.weight_order]
+        exact = torch.float32 if dtype == torch.float64 else dtype
+        return crvq_kernels.dequantize(*tensors, self.nbits, self.num_critical_groups, exact).to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `[..., N]` in the dtype of `input`, `[..., K]`."""
+        if input.dtype == torch.float64:  # no kernel has it
+            return F.linear(input, self.dequantize(input.dtype), self.bias)
         if crvq_kernels.is_plain(input, self._parameters.get("bias")) and input.is_cpu:
             if (layer := self._cpu_layer()) is not None:
                 return layer(input)
         return crvq_kernels.linear(
             input,
-            self.weight,
-            decode_codebooks(self.weight_codebooks),
-            self.weight_scale,
-            self.weight_order,
+            as_traced(self.packed),
+            decode_codebooks(as_traced(self.weight_codebooks)),
+            as_traced(self.weight_scale),
+            as_traced(self.weight_order),
             self.bias,
             self.nbits,
             self.num_critical_groups,
@@ -222,6 +247,7 @@ class CRVQLinear(nn.Linear):
 
         self._packed = None  # it holds on to the memory that is left
         super()._apply(move, recurse)
+        self._compute_dtype = fn(torch.empty(1, dtype=self._compute_dtype)).dtype
         return self.tile_() if self._is_tiled else self
 
     def extra_repr(self) -> str:
@@ -235,6 +261,11 @@ class CRVQLinear(nn.Linear):
         )
 
 
-def _frozen(tensor: Tensor | None) -> nn.Parameter | None:
-    """Returns `tensor` as a parameter without gradient, None for None."""
-    return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+def _frozen(tensor: Tensor) -> FrozenParameter:
+    """Returns `tensor` as a parameter that has no gradient."""
+    return FrozenParameter(tensor.detach(), requires_grad=False)
+
+
+def _untrained(bias: Tensor | None) -> nn.Parameter | None:
+    """Returns a bias as a parameter without gradient, None for None."""
+    return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

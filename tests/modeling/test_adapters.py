@@ -1,13 +1,19 @@
-"""LoRA on CRVQ layers with the real PEFT: training, saving, reloading, merging."""
+"""Adapters on quantized layers with the real PEFT; `test_peft_methods.py` has all of its methods."""
+
+import copy
+import pickle
 
 import pytest
 import torch
+from random_models import quantized_model
 from safetensors.torch import load_file
 from tiny import TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crvq_hf import CRVQLinear
 from crvq_hf.modeling import adapters
+from crvq_hf.modeling.dense_weight import WeightIsFrozen
+from crvq_hf.modeling.replace import to_dense
 
 peft = pytest.importorskip("peft")
 BY_NAME = ["q_proj", "down_proj"]
@@ -80,8 +86,11 @@ def test_training_saving_and_reloading(model, checkpoint, tokens, tmp_path, targ
 def test_merging_is_refused(model, tokens, how, safe_merge):
     adapted = with_lora(model)
     before, expected = stored(adapted), logits(adapted, tokens)
-    adapters.refuse_merging()  # again: once is enough
-    with pytest.raises(ValueError, match=r"cannot be merged into CRVQ layers.*model.dequantize\(\) before merging"):
+    for name in adapters.WRAPPED:
+        adapters.wrap_peft(name)  # again: once is enough
+    with pytest.raises(
+        ValueError, match=r"cannot be merged into quantized layers.*model.dequantize\(\) before merging"
+    ):
         getattr(adapted, how)(safe_merge=safe_merge)
     assert_unchanged(adapted, before)
     assert torch.equal(logits(adapted, tokens), expected)
@@ -111,3 +120,169 @@ def test_what_peft_casts_is_saved_as_it_was(model, tokens, tmp_path):
     assert prepared.model.layers[0].mlp.up_proj.weight_scale.dtype == torch.float32
     prepared.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), expected)
+
+
+def adapted_pair(architecture, config, **options):
+    """Returns logits of a quantized model and of the same made dense, both with random adapters, after training."""
+    found = []
+    for model in (quantized_model(architecture, **options), quantized_model(architecture, **options).dequantize()):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, copy.deepcopy(config))
+        tokens = torch.arange(12).view(2, 6)
+        for _ in range(2):
+            adapted.train()(input_ids=tokens, labels=tokens).loss.backward()
+            for parameter in filter(lambda parameter: parameter.grad is not None, adapted.parameters()):
+                parameter.data -= 0.05 * parameter.grad
+                parameter.grad = None
+        found.append(logits(adapted, tokens))
+    return found
+
+
+def random_lora(**fields):
+    return peft.LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **fields)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "fields"),
+    [
+        ("gpt2", {}, {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True}),
+        ("opt", {}, {"target_modules": ["q_proj", "fc1"], "bias": "all"}),
+        ("gemma3_text", {}, {"target_modules": ["embed_tokens", "q_proj"]}),
+        ("gemma3_text", {}, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
+        ("llama", {"tie_word_embeddings": True}, {"target_modules": "all-linear", "trainable_token_indices": [3, 5]}),
+        ("llama", {"tie_word_embeddings": True}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        ("llama", {"embedding_bits": 16}, {"target_modules": ["q_proj"], "modules_to_save": ["mlp", "lm_head"]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
+)
+def test_as_on_the_dense_model(architecture, options, fields):
+    found, expected = adapted_pair(architecture, random_lora(**fields), **options)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "gate_proj"], "all-linear"], ids=str)
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_experts(architecture, targets, tmp_path):
+    """PEFT knows experts as fused parameters; in a quantized model they are linear layers."""
+    tokens = torch.arange(12).view(2, 6)
+    adapted = peft.get_peft_model(quantized_model(architecture), random_lora(target_modules=targets))
+    wrapped = [name for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.Linear)]
+    assert len(wrapped) == (2 * (4 + 4 * 3) if targets == "all-linear" else 2 * (1 + 4))
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(quantized_model(architecture), tmp_path)
+    assert torch.equal(logits(again, tokens), logits(adapted, tokens))
+    direct = quantized_model(architecture)
+    direct.load_adapter(str(tmp_path))
+    assert torch.equal(logits(direct, tokens), logits(adapted, tokens))
+
+
+@pytest.mark.parametrize(
+    ("target", "match"),
+    [
+        ("experts.gate_up_proj", "each expert has layers of its own.*put gate_proj, up_proj and down_proj into"),
+        ("q_proj.weight", "which is stored quantized; put the layer into target_modules"),
+    ],
+)
+def test_parameters_as_targets_are_refused(target, match):
+    with pytest.raises(ValueError, match=match):
+        peft.get_peft_model(quantized_model("qwen3_moe"), random_lora(target_modules=[], target_parameters=[target]))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_refusal_leaves_the_model_as_it_was(init):
+    model, tokens = quantized_model("llama"), torch.arange(12).view(2, 6)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = to_dense(attention.q_proj, torch.float32)  # what PEFT changes first
+    expected, names = logits(model, tokens), [name for name, _ in model.named_modules()]
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"PEFT's LORA with these settings does not fit.*model.dequantize\(\) first"):
+        peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init))
+    assert [name for name, _ in model.named_modules()] == names
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    assert torch.equal(logits(model, tokens), expected)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter", "mixed", "layer"])
+def test_merging_into_8_bit_embeddings_is_refused(target, how):
+    tokens = torch.arange(12).view(2, 6)
+    config = random_lora(target_modules=[target])
+    adapted = peft.get_peft_model(quantized_model("llama"), config, mixed=how == "mixed")
+    expected = logits(adapted, tokens)
+    with pytest.raises(ValueError, match=r"model.dequantize\(\)"):
+        if how == "layer":
+            adapted.get_submodule(f"base_model.model.{'model.' * (target == 'embed_tokens')}{target}").merge()
+        else:
+            getattr(adapted, "merge_and_unload" if how == "mixed" else how)()
+    assert torch.equal(logits(adapted, tokens), expected)
+
+
+def test_after_dequantizing_all_can_be_merged():
+    model, tokens = quantized_model("llama"), torch.arange(12).view(2, 6)
+    config = random_lora(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    adapted = peft.get_peft_model(model, config)
+    expected = logits(adapted, tokens)
+    model.dequantize()
+    torch.testing.assert_close(logits(adapted.merge_and_unload(), tokens), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unloading_leaves_a_model_that_can_be_saved(tmp_path):
+    model, tokens = quantized_model("llama"), torch.arange(12).view(2, 6)
+    expected = logits(model, tokens)
+    unloaded = peft.get_peft_model(model, random_lora(target_modules="all-linear")).unload()
+    unloaded.save_pretrained(tmp_path)
+    assert torch.equal(logits(unloaded, tokens), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), tokens), expected)
+
+
+def test_adapters_have_the_dtype_of_the_model():
+    config = random_lora(target_modules=["q_proj", "lm_head"])
+    model = quantized_model("llama", dtype=torch.bfloat16)
+    adapted = peft.get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False)
+    assert {p.dtype for name, p in adapted.named_parameters() if ".lora_" in name} == {torch.bfloat16}
+    assert logits(adapted, torch.arange(12).view(2, 6)).dtype == torch.bfloat16
+    peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    adapters.show_dense_weights_(model)
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == model.lm_head.weight.dtype == torch.float32
+
+
+def test_copies_pickles_and_graphs(tmp_path):
+    tokens = torch.arange(12).view(2, 6)
+    adapted = peft.get_peft_model(quantized_model("llama"), random_lora(target_modules=["q_proj"], use_dora=True))
+    expected = logits(adapted, tokens)
+    for twin in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        assert torch.equal(logits(twin, tokens), expected)
+    compiled = torch.compile(adapted, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, tokens), expected)
+
+
+def test_an_offloaded_weight_is_not_read():
+    layer = quantized_model("llama").model.layers[0].to("meta")
+    adapters.show_dense_weights_(layer)
+    assert layer.mlp.up_proj.weight.is_meta
+    with pytest.raises(ValueError, match="reads the weight of a layer that is offloaded"):
+        layer.mlp.up_proj.weight.sum()
+
+
+@pytest.mark.parametrize("attribute", ["set", "delete"])
+def test_a_weight_is_not_replaced(attribute):
+    model = quantized_model("llama")
+    adapters.show_dense_weights_(model)
+    layer = model.model.layers[0].mlp.up_proj
+    with pytest.raises(WeightIsFrozen):
+        if attribute == "set":
+            layer.weight = torch.nn.Parameter(torch.zeros(64, 32))
+        else:
+            del layer.weight
+    model.load_state_dict(quantized_model("llama").state_dict())
+    assert layer.packed.dtype == torch.uint8
+
+
+def test_methods_that_ask_the_first_parameter():
+    """XLoRA takes the dtype of the first parameter, prompt tuning what has a row per token for the embedding."""
+    model = quantized_model("llama", dtype=torch.bfloat16)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    adapted = peft.get_peft_model(model, config)
+    assert adapted.word_embeddings is model.get_input_embeddings()
+    assert next(model.parameters()).dtype == torch.bfloat16

@@ -33,6 +33,33 @@ def test_forward_is_the_reference(weight, dtype, bias):
     torch.testing.assert_close(y, linear_ref(x, *weight.operands(), bias, 6, 2))
 
 
+@pytest.mark.parametrize("form", ["stored", "tiled"])
+def test_float64(layer, weight, form):
+    layer = layer.tile_() if form == "tiled" else layer
+    layer.double()
+    x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    assert y.dtype == layer.compute_dtype == torch.float64
+    dense = weight.dequantize(torch.float32).double()
+    torch.testing.assert_close(y, x @ dense.T + layer.bias, rtol=1e-12, atol=1e-12)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, dense.sum(0).expand(3, -1), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("form", ["stored", "tiled"])
+def test_output_can_be_changed_in_place(layer, form):
+    layer = layer.tile_() if form == "tiled" else layer
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    y = layer(x)
+    y += 1
+    y[0] *= 2
+    y.sum().backward()
+    expected = torch.tensor([2.0, 1.0])[:, None, None] * layer.dequantize(torch.float32).sum(0)
+    torch.testing.assert_close(x.grad, expected.expand(2, 3, -1))
+
+
 def test_is_a_linear_layer_without_gradients(layer, weight):
     assert isinstance(layer, nn.Linear)
     assert (layer.in_features, layer.out_features, layer.nbits, layer.num_critical_groups) == (64, 24, 6, 2)

@@ -1,0 +1,49 @@
+"""How many parameters a quantized model has: as many as the dense one it stands for, however they are stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .embedding import ROW_SCALE, Int8Embedding, Int8Head
+from .linear import CRVQLinear
+
+QUANTIZED = (CRVQLinear, Int8Embedding, Int8Head)
+
+
+def uncounted(model: nn.Module) -> int:
+    """Returns the number of weights in quantized layers less the number of elements that store them."""
+    stored: dict[int, int] = {}
+    weights: dict[int, int] = {}  # by parameter: what is tied counts once
+    for layer in model.modules():
+        if isinstance(layer, CRVQLinear):
+            weights[id(layer.packed)] = layer.in_features * layer.out_features
+            stored |= {id(p): p.numel() for name, p in layer.named_parameters(recurse=False) if name != "bias"}
+        elif isinstance(layer, (Int8Embedding, Int8Head)):
+            scales = layer.get_parameter(ROW_SCALE)
+            stored[id(scales)] = scales.numel()
+    return sum(weights.values()) - sum(stored.values())
+
+
+class CountsWeights:
+    """Takes the place of a model's method `num_parameters` while layers of it are quantized."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Returns what the method of transformers would return for the dense model."""
+        options: dict[str, Any] = {"only_trainable": only_trainable, "exclude_embeddings": exclude_embeddings}
+        counted = type(self.model).num_parameters(self.model, **options)
+        return counted if only_trainable else counted + uncounted(self.model)
+
+
+def count_weights_(model: nn.Module) -> None:
+    """Makes `num_parameters` of a model, and of models in it, count weights instead of stored elements."""
+    is_quantized = any(isinstance(module, QUANTIZED) for module in model.modules())
+    for module in model.modules():
+        if hasattr(type(module), "num_parameters"):
+            module.__dict__.pop("num_parameters", None)
+            if is_quantized:
+                module.num_parameters = CountsWeights(module)
