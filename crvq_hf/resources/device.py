@@ -1,9 +1,9 @@
 """Where to compute, in which precision, and how much memory it took."""
 
-import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
 
+import psutil
 import torch
 
 
@@ -39,5 +39,9 @@ def mixed_precision(device: torch.device, bfloat16: bool) -> AbstractContextMana
 
 def peak_memory_bytes() -> int:
     """Returns the most resident memory this process has held, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
