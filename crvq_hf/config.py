@@ -11,7 +11,7 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,11 +81,8 @@ def _flag(name: str, value: Any) -> bool:
 
 def _list(value: Any) -> list[Any] | None:
     """Returns a list of what a list, an array or a column of a table holds; None for what is none of these."""
-    if (
-        isinstance(value, (str, bytes, Mapping, Set))
-        or not isinstance(value, Iterable)
-        or getattr(value, "ndim", 1) != 1
-    ):
+    is_ordered = isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping, Set))
+    if not is_ordered or getattr(value, "ndim", 1) != 1:
         return None
     return [str(item) if isinstance(item, str) else item for item in value]  # numpy has strings of its own
 

@@ -41,7 +41,8 @@ def peak_memory_bytes() -> int:
     """Returns the most resident memory this process has held, in bytes."""
     try:
         import resource
-    except ImportError:  # Windows
-        return psutil.Process().memory_info().peak_wset
+    except ImportError:  # Windows, which keeps count itself
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
