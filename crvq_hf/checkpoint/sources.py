@@ -52,13 +52,18 @@ def check_source(source: str) -> None:
         raise ValueError(f"There is no folder {source}, and it is no name of a model on the hub either.")
 
 
+def known_options(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns the loading options that a model in memory tells: that its repository's code may run, if it does."""
+    return {"trust_remote_code": True} if type(model).__module__.startswith("transformers_modules.") else {}
+
+
 def heard_options(model: PreTrainedModel) -> dict[str, Any]:
     """Returns a dict that will hold the loading options once `from_pretrained` has loaded the weights of `model`.
 
     A quantizer is not told them. The last thing that `from_pretrained` does before it lets a quantizer work is to load
     the generation config, with all of them.
     """
-    options = {"trust_remote_code": True} if type(model).is_remote_code() else {}
+    options = known_options(model)
     adjust = getattr(model, "adjust_generation_fn", None)
     if adjust is None:
         return options

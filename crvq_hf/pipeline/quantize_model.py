@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from ..checkpoint.sources import known_options
 from ..config import CRVQConfig, shareable_dataset
 from ..modeling.embedding import Int8Embedding, Int8Head, quantize_embeddings_
 from ..modeling.linear import CRVQLinear
@@ -80,7 +81,7 @@ def quantize_(
         raise ValueError(_nothing_to_quantize(model, skipped))
     config = within_budget(config, map(linear_size, linears.values()))
     tokenizer = config.tokenizer if tokenizer is None else tokenizer
-    options = ({"trust_remote_code": True} if model.is_remote_code() else {}) | (options or {})
+    options = known_options(model) | (options or {})
     quantize_blocks_(model, tokenizer_for(model, config, tokenizer, options), config)
     if config.embedding_bits == 8:
         quantize_embeddings_(model)

@@ -196,12 +196,14 @@ def folder_bytes(folder: Path) -> int:
 
 
 def state_of(folder: Path) -> str:
-    """Returns whether a work folder is "in use", "finished" or "unfinished"."""
+    """Returns whether a work folder is "in use", "finished" or "unfinished", or "closed" to this user."""
     try:
         with FileLock(folder / ".lock", timeout=0):
             return FINISHED if (folder / f"{FINISHED}.safetensors").exists() else f"un{FINISHED}"
     except Timeout:
         return "in use"
+    except OSError:
+        return "closed"
 
 
 def is_work_folder(path: Path) -> bool:

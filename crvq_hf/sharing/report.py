@@ -131,7 +131,7 @@ def read_quantized(folder: Path) -> tuple[CheckpointInfo, dict[str, Any] | None]
     Raises:
         ValueError: there is no complete CRVQ checkpoint, or the report is damaged or of another one.
     """
-    unfinished = any(folder.with_name(f"{folder.name}{end}").is_dir() for end in (".work", ".tmp"))
+    unfinished = any(Path(f"{folder.resolve()}{end}").is_dir() for end in (".work", ".tmp"))
     if (folder / UNFINISHED).exists() or (not folder.exists() and unfinished):
         raise ValueError(f"{folder} is not finished; run the same crvq quantize command again to finish it.")
     if not folder.is_dir():

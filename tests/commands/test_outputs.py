@@ -10,6 +10,7 @@ from made import SETTINGS
 from random_models import quantize_randomly
 from tiny import TEXT, save_tiny
 from transformers import AutoModelForCausalLM
+from whole_models import quantized_layers
 
 from crvq_hf import CRVQConfig
 from crvq_hf.commands import convert
@@ -17,10 +18,9 @@ from crvq_hf.commands.cli import main
 from crvq_hf.commands.convert import finished_report
 from crvq_hf.quantizer import CRVQQuantizer
 from crvq_hf.resources.workfolder import WorkFolder
-from crvq_hf.sharing.report import command_line
+from crvq_hf.sharing.report import command_line, read_quantized
 
 REPORT = {
-    "bits_per_weight": 0.0,
     "seconds": {"quantizing": 1.0},
     "calibration_tokens": 32,
     "activation_bytes": 1,
@@ -46,7 +46,11 @@ def runs(monkeypatch):
             quantize_randomly(model, tokenizer, config)
             work.finish()
         CRVQQuantizer(config, pre_quantized=True).attach(model)
-        model.crvq_report = REPORT | {"layers": {"all": {"relative_error": 0.1, "bits_per_weight": 1, "seconds": 1}}}
+        layers = quantized_layers(model).items()
+        lines = {name: {"relative_error": 0.1, "bits_per_weight": 1, "seconds": 1} for name, _ in layers}
+        bits = sum(8 * layer.quantized_weight().nbytes for _, layer in layers)
+        weights = sum(layer.in_features * layer.out_features for _, layer in layers)
+        model.crvq_report = REPORT | {"layers": lines, "bits_per_weight": bits / weights}
 
     monkeypatch.setattr(convert, "quantize_model", quantize_model)
     monkeypatch.setattr(convert, "draw_if_possible", lambda out: None)
@@ -94,8 +98,9 @@ def test_the_current_folder_takes_the_result(dense, tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    assert run(dense, ".") == 0
+    assert run(dense, ".", "--evaluate", dense / "text.txt", "--evaluate-seqlen", 32) == 0
     check_complete(here)
+    assert read_quantized(Path("."))[1]["evaluation"]["seqlen"] == 32
     assert Path.cwd() == here and Path("config.json").is_file()
 
 

@@ -1,5 +1,6 @@
 """`quantize_model`: which models it takes, which tokenizer it finds, and what it leaves in the cache."""
 
+import json
 import logging
 import sys
 from types import SimpleNamespace
@@ -137,3 +138,29 @@ def test_tokens_that_the_model_does_not_have_are_refused_before_the_work(tmp_pat
     with pytest.raises(ValueError, match="the embedding of LlamaForCausalLM has 100 rows"):
         quantize_model(model, tiny_tokenizer(), config)
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+def test_code_of_the_model_s_own_that_may_run_may_run_for_its_tokenizer(tmp_path, pipeline):
+    """A model and a tokenizer whose classes lie beside the weights."""
+    folder = save_tiny(tmp_path / "own")
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "class OwnConfig(LlamaConfig): model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM): config_class = OwnConfig\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast): pass\n"
+    )
+    maps = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    for file, changes in [
+        ("config.json", {"model_type": "own", "architectures": ["OwnModel"], "auto_map": maps}),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}},
+        ),
+    ]:
+        content = json.loads((folder / file).read_text()) | changes
+        (folder / file).write_text(json.dumps(content))
+    options = {"trust_remote_code": True}
+    config = CRVQConfig(dataset=[TEXT])
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **options)
+    quantize_model(AutoModelForCausalLM.from_pretrained(folder, **options), config=config)
+    assert [type(tokenizer).__name__ for _, tokenizer, _ in pipeline] == ["OwnTokenizer"] * 2
