@@ -82,7 +82,7 @@ class CRVQQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             find_blocks(model)
-            self._loading_options = heard_options(model)
+            self._loading_options = heard_options(model, checkpoint_files)
             return
         if checkpoint_files is None:  # a state dict was given, so there are no headers to ask
             unfuse_experts_to_quantize_(model, self.quantization_config)

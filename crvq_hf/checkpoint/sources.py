@@ -24,6 +24,8 @@ from .gguf import load_gguf
 logger = logging.getLogger("crvq")
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+# A file of a model in a cache of the hub.
+_CACHED = re.compile(r"(?P<cache_dir>.*)/models--[^/]+/snapshots/(?P<revision>[^/]+)/(?:(?P<subfolder>.+)/)?[^/]+")
 # Options that hold for any repository, and those that belong to that of the model.
 _GENERAL = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "trust_remote_code")
 OF_THE_MODEL = ("revision", "subfolder")
@@ -57,13 +59,17 @@ def known_options(model: PreTrainedModel) -> dict[str, Any]:
     return {"trust_remote_code": True} if type(model).__module__.startswith("transformers_modules.") else {}
 
 
-def heard_options(model: PreTrainedModel) -> dict[str, Any]:
+def heard_options(model: PreTrainedModel, files: list[str] | None) -> dict[str, Any]:
     """Returns a dict that will hold the loading options once `from_pretrained` has loaded the weights of `model`.
 
-    A quantizer is not told them. The last thing that `from_pretrained` does before it lets a quantizer work is to load
-    the generation config, with all of them.
+    A quantizer is not told them, but where the files are. The last thing that `from_pretrained` does before it lets a
+    quantizer work is to load the generation config, if the model can write, with all options.
+
+    Args:
+        model: being loaded.
+        files: of its weights.
     """
-    options = known_options(model)
+    options = known_options(model) | _options_of(files or [], model.name_or_path)
     adjust = getattr(model, "adjust_generation_fn", None)
     if adjust is None:
         return options
@@ -75,6 +81,19 @@ def heard_options(model: PreTrainedModel) -> dict[str, Any]:
 
     model.adjust_generation_fn = listen
     return options
+
+
+def _options_of(files: list[str], name: str) -> dict[str, Any]:
+    """Returns the loading options that tell where the files of the model `name` were found."""
+    if not files:
+        return {}
+    found = _CACHED.fullmatch(Path(files[0]).as_posix())
+    if os.path.isdir(name):
+        folder = os.path.relpath(os.path.dirname(files[0]), name)
+        options = {"subfolder": "" if folder.startswith(".") else folder}
+    else:
+        options = found.groupdict() if found else {}
+    return {key: value for key, value in options.items() if value}
 
 
 def load_tokenizer(name: str | os.PathLike, model_name: str, options: dict[str, Any]) -> Any:

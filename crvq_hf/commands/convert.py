@@ -130,7 +130,7 @@ def _places(out: str | os.PathLike, config: CRVQConfig) -> _Places:
 
 def _start(
     source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: str | None, options: dict[str, Any]
-) -> tuple[dict[str, Any] | None, _Places, dict[str, str]]:
+) -> tuple[dict[str, Any] | None, _Places, dict[str, str | None]]:
     """Returns the report of a finished result of the same call, None if there is work to do; places; and inputs."""
     finished, places = finished_report(source, out, config, gguf_file, options), _places(out, config)
     if finished is None:
@@ -212,8 +212,8 @@ def finished_report(
 
 def _inputs(source: str, config: CRVQConfig, gguf_file: str | None, options: dict[str, Any]) -> dict[str, str | None]:
     """Returns what changes when something that a command only names does; None for what cannot be told."""
-    tokenizer = config.tokenizer or ""
-    if tokenizer and isinstance(tokenizer, (str, os.PathLike)):
+    tokenizer = "" if config.tokenizer is None else config.tokenizer
+    if tokenizer != "" and isinstance(tokenizer, (str, os.PathLike)):
         general = {key: value for key, value in options.items() if key not in OF_THE_MODEL}
         name = os.fspath(tokenizer)
         tokenizer = source_hash(name, options=general) or hashlib.sha256(name.encode()).hexdigest()

@@ -112,11 +112,13 @@ def _nothing_to_quantize(model: nn.Module, skipped: dict[str, str]) -> str:
     """
     counts = Counter(skipped.values())
     examples = {why: name for name, why in reversed(skipped.items())}
-    told = [f"{counts[why]} such as {examples[why]}, because {why}" for why, _ in counts.most_common(3)]
+    told = "; ".join(f"{counts[why]} such as {examples[why]}, because {why}" for why, _ in counts.most_common(3))
+    if not told:
+        return f"{type(model).__name__} has no layer to quantize; its blocks have no linear layers."
+    check = "check modules_to_not_convert: " if any("modules_to_not_convert" in why for why in counts) else ""
     return (
-        f"{type(model).__name__} has no layer to quantize: "
-        + (f"its linear layers stay dense, {'; '.join(told)}" if told else "its blocks have no linear layers")
-        + ". Codes are for groups of in_group_size (4, 8 or 16) input channels."
+        f"{type(model).__name__} has no layer to quantize; {check}its linear layers stay dense, {told}. "
+        "Codes are for groups of in_group_size (4, 8 or 16) input channels."
     )
 
 

@@ -1,7 +1,7 @@
 """Text from wherever the user has it, and tokens of as much of it as is needed.
 
-A text is a list of texts, a plain text file, or a table, of which one field holds texts. Nothing here reads or
-tokenizes more than it must: a tokenizer takes a second and 150 MB for each MB of text.
+A text is a list of texts, a plain text file, or a table, of which one field holds texts. Nothing here tokenizes more
+than it must: tokenizers take much time, and a hundred times the memory of the text.
 """
 
 import os

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from whole_models import OFF
 
 from crvq_hf import CRVQConfig, quantize_model
@@ -164,3 +164,18 @@ def test_code_of_the_model_s_own_that_may_run_may_run_for_its_tokenizer(tmp_path
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **options)
     quantize_model(AutoModelForCausalLM.from_pretrained(folder, **options), config=config)
     assert [type(tokenizer).__name__ for _, tokenizer, _ in pipeline] == ["OwnTokenizer"] * 2
+
+
+def test_a_model_that_cannot_write_tells_where_its_files_are(tmp_path, asked, pipeline):
+    save_tiny(tmp_path / "inner")
+    config = CRVQConfig(dataset=[TEXT], e2e_finetune_epochs=0)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path, subfolder="inner", quantization_config=config)
+    assert asked == [(str(tmp_path), {"subfolder": "inner"})]
+
+
+@pytest.mark.parametrize(("subfolder", "options"), [("", {}), ("in/ner", {"subfolder": "in/ner"})])
+def test_files_in_a_cache_tell_the_revision(subfolder, options):
+    file = f"/cache/models--some--model/snapshots/0123abc/{subfolder}/model.safetensors".replace("//", "/")
+    expected = {"cache_dir": "/cache", "revision": "0123abc"} | options
+    assert sources._options_of([file], "some/model") == expected
+    assert sources._options_of(["/elsewhere/model.safetensors"], "some/model") == sources._options_of([], "x") == {}
