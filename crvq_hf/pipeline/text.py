@@ -5,6 +5,7 @@ than it must: tokenizers take much time, and a hundred times the memory of the t
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -163,9 +164,7 @@ def _rows(path: str, field: str | None, builder: str, options: dict[str, Any]) -
             "plain text file."
         ) from error
     with tempfile.TemporaryDirectory() as cache:
-        link = Path(cache, f"table{''.join(Path(path).suffixes[-2:])}")  # datasets takes names for patterns
-        link.symlink_to(os.path.abspath(path))
-        source = {"data_files": str(link), "split": "train", "streaming": True, "cache_dir": cache}
+        source = {"data_files": _plainly_named(path, cache), "split": "train", "streaming": True, "cache_dir": cache}
         number = 0
         try:
             for number, row in enumerate(datasets.load_dataset(builder, **source, **options), 1):
@@ -182,6 +181,16 @@ def _rows(path: str, field: str | None, builder: str, options: dict[str, Any]) -
                 f"{path} cannot be read as {builder} after row {number} ({reason:.200}); repair it, or rename it to "
                 ".txt if it is plain text."
             ) from error
+
+
+def _plainly_named(path: str, folder: str) -> str:
+    """Returns another path of a file, by a link in `folder`: `datasets` takes names for patterns, and URLs."""
+    link = Path(folder, f"table{''.join(Path(path).suffixes[-2:])}")
+    try:
+        link.symlink_to(os.path.abspath(path))
+    except OSError:  # Windows lets not everyone make links
+        shutil.copyfile(path, link)
+    return str(link)
 
 
 class _NoText(ValueError):

@@ -73,6 +73,16 @@ def test_tables_give_the_texts_of_their_field_and_no_syntax(tmp_path, name):
     assert "".join(read_text(f"{path}:body")) == "\n\n".join(LINES).upper()
 
 
+def test_a_table_is_read_where_no_links_can_be_made(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+
+    def refuse(self, target):
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert "".join(read_text(write_table(tmp_path, "a [1].csv", ROWS))) == "\n\n".join(LINES)
+
+
 def test_the_only_field_of_texts_needs_no_name_and_empty_rows_are_left_out(tmp_path):
     pytest.importorskip("datasets")
     rows = [{"n": 1, "body": "one"}, {"n": 2, "body": None}, {"n": 3, "body": ""}, {"n": 4, "body": "four"}]
