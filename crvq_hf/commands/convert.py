@@ -125,7 +125,7 @@ def _places(out: str | os.PathLike, config: CRVQConfig) -> _Places:
     is_there = out.is_dir()
     work = out / _UNFINISHED / "work" if is_there and not beside.exists() else beside
     unfinished = out / _UNFINISHED / "result" if is_there else out.with_name(f"{out.name}.tmp")
-    return _Places(out, unfinished, Path(config.work_dir or work))
+    return _Places(out, unfinished, Path(os.path.abspath(config.work_dir or work)))
 
 
 def _start(
@@ -186,7 +186,8 @@ def finished_report(
     is_ours = (unfinished / _UNFINISHED).is_file() or (unfinished.is_dir() and not any(unfinished.iterdir()))
     if unfinished.exists() and not (is_ours or places.is_inside):
         raise ValueError(f"{unfinished} is in the way and crvq did not make it; move it or name another output.")
-    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= _NO_MATTER):
+    own = {path.relative_to(out).parts[0] for path in (places.work, unfinished) if out in path.parents}
+    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= _NO_MATTER | own):
         return None
     if (out / _UNFINISHED).is_dir() and not (out / REPORT).exists():  # a kill came while files were moved
         return None

@@ -169,6 +169,18 @@ def test_a_kill_while_files_are_moved_leaves_no_half_result(dense, tmp_path, run
     assert runs == [out / ".crvq-unfinished" / "work"] * 2
 
 
+def test_a_work_folder_inside_the_output_is_not_in_the_way(dense, tmp_path, runs, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    with monkeypatch.context() as context:
+        context.setattr(convert, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(dense, out, "--work-dir", out / "work") == 130
+    assert os.listdir(out) == ["work"]
+    assert run(dense, out, "--work-dir", out / "work") == 0
+    check_complete(out)
+    assert not (out / "work").exists()
+
+
 def test_a_failure_leaves_a_folder_as_it_was(dense, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
