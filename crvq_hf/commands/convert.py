@@ -19,6 +19,7 @@ from ..checkpoint.sources import OF_THE_MODEL, check_source, load_dense, source_
 from ..config import CRVQConfig
 from ..modeling.replace import linear_size, quantizable_linears
 from ..pipeline.budget import within_budget
+from ..pipeline.calibration import check_dataset
 from ..pipeline.fingerprint import dataset_fingerprint
 from ..pipeline.quantize_model import quantize_model
 from ..resources import distributed
@@ -135,6 +136,7 @@ def _start(
     finished, places = finished_report(source, out, config, gguf_file, options), _places(out, config)
     if finished is None:
         _check_writable(places.folder)
+        check_dataset(config.dataset)
         return None, places, _inputs(source, config, gguf_file, options)
     _tidy(places)  # a kill came before the end
     logger.warning("%s is already the finished result of this command; nothing to do.", places.out)

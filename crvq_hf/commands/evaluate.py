@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ..checkpoint.sources import load
-from ..evaluation.perplexity import SEQLEN, most_tokens, perplexity, read_text_tokens, tokens_per_second
+from ..evaluation.perplexity import SEQLEN, check_text, most_tokens, perplexity, read_text_tokens, tokens_per_second
 from ..evaluation.tasks import Tasks, run_tasks, table
 from .options import add_model_options, loading_options
 
@@ -32,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
     if args.text is None and args.tasks is None:
         raise ValueError("Nothing to evaluate on; give --text FILE, --tasks NAME or both.")
     tasks = None if args.tasks is None else Tasks(args.tasks.split(","), args.include_path)
+    if args.text is not None:
+        check_text(args.text)
     model, tokenizer = load(args.model, args.device, args.dtype, options=loading_options(args))
     found: dict[str, Any] = {"device": str(model.device), "dtype": str(model.dtype)}
     lines = []

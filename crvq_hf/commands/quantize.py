@@ -10,8 +10,8 @@ from typing import Any
 
 from ..checkpoint.info import read_info
 from ..checkpoint.sources import load
-from ..config import FIELDS, CRVQConfig, split_field
-from ..evaluation.perplexity import SEQLEN, most_tokens, perplexity, read_text_tokens
+from ..config import FIELDS, CRVQConfig
+from ..evaluation.perplexity import SEQLEN, check_text, most_tokens, perplexity, read_text_tokens
 from ..pipeline.fingerprint import dataset_fingerprint
 from ..resources import distributed
 from ..sharing.report import draw_if_possible, save_report
@@ -116,7 +116,8 @@ def convert_and_measure(
     """
     text = Path(measurement.text)
     options = options or {}
-    wanted = {"most_windows": measurement.windows, "text_sha256": _sha256(text)}
+    check_text(measurement.text)
+    wanted = {"most_windows": measurement.windows, "text_sha256": dataset_fingerprint(measurement.text)}
     wanted |= {} if measurement.seqlen is None else {"seqlen": measurement.seqlen}
     finished = distributed.first(lambda: finished_report(source, out, config, gguf_file, options))
     found = (finished or {}).get("evaluation", {})
@@ -147,8 +148,3 @@ def _measure(source: str, gguf_file: str | None, measurement: Measurement, optio
     result = asdict(perplexity(model, tokens, measurement.seqlen, measurement.windows))
     logger.info("Perplexity of %s: %.4f.", source, result["value"])
     return {**result, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-
-
-def _sha256(text: Path) -> str | None:
-    """Returns the hash of a text, None where there is none: reading its tokens then says so."""
-    return dataset_fingerprint(str(text)) if Path(split_field(str(text))[0]).is_file() else None

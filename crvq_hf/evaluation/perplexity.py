@@ -37,6 +37,12 @@ class Perplexity:
     seconds: float
 
 
+def check_text(path: str) -> None:
+    """Raises ValueError if `path`, which may name a field too, is that of no file."""
+    if not os.path.isfile(split_field(path)[0]):
+        raise ValueError(f"The text {path} is no file; give the path of a UTF-8 text file.")
+
+
 def read_text_tokens(tokenizer: Any, path: str | os.PathLike, most: int | None = None) -> Tensor:
     """Returns the tokens of a text, `[tokens]`, int64, without special tokens.
 
@@ -49,8 +55,7 @@ def read_text_tokens(tokenizer: Any, path: str | os.PathLike, most: int | None =
         ValueError: there is no such file, it is empty, or holds no text.
     """
     path = os.fspath(path)
-    if not os.path.isfile(split_field(path)[0]):
-        raise ValueError(f"The text {path} is no file; give the path of a UTF-8 text file.")
+    check_text(path)
     tokens = first_tokens(tokenizer, read_text(path), most)
     if not len(tokens):
         raise ValueError(f"The text {path} is empty; give a file with text in it.")

@@ -102,17 +102,23 @@ def num_sequences(config: CRVQConfig, available: int | None = None) -> int:
     return wanted if available is None else max(config.nsamples, min(wanted, available))
 
 
+def check_dataset(dataset: str | list[str] | None) -> None:
+    """Raises ValueError if `dataset` is the path of no file."""
+    named = dataset is None or isinstance(dataset, list) or dataset in ("self", *_HUB_DATASETS)
+    if not named and not Path(split_field(dataset)[0]).is_file():
+        raise ValueError(
+            f"dataset={dataset!r} is no file; give the path of a text file (of a table: path:field), a list of texts, "
+            "'wikitext2', 'c4', 'self' (the model writes its own) or None (weights only)."
+        )
+
+
 def _read(dataset: str | list[str]) -> str:
     """Returns the calibration text of a path or of a list of texts.
 
     Raises:
         ValueError: there is no such file, it holds no text (see `read_text`), or there is nothing in it.
     """
-    if isinstance(dataset, str) and not Path(split_field(dataset)[0]).is_file():
-        raise ValueError(
-            f"dataset={dataset!r} is no file; give the path of a text file (of a table: path:field), a list of texts, "
-            "'wikitext2', 'c4', 'self' (the model writes its own) or None (weights only)."
-        )
+    check_dataset(dataset)
     text = "".join(read_text(dataset))
     if not text.strip():
         raise ValueError("The calibration text is empty; give some, or dataset='self' (the model writes its own).")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from whole_models import quantized_layers
 
 from crvq_hf import CRVQConfig
-from crvq_hf.commands import convert
+from crvq_hf.commands import convert, quantize
 from crvq_hf.commands.cli import main
 from crvq_hf.commands.convert import finished_report
 from crvq_hf.quantizer import CRVQQuantizer
@@ -191,6 +191,16 @@ def test_a_failure_leaves_a_folder_as_it_was(dense, tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert, "quantize_model", fail)
     assert run(dense, out) == 2 and not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options", [["--dataset", "no.txt"], ["--evaluate", "no.txt"], ["--dataset", "no.jsonl:field"]]
+)
+def test_a_text_that_is_not_there_is_told_before_the_model_is_loaded(dense, tmp_path, monkeypatch, capsys, options):
+    for module in (convert, quantize):
+        monkeypatch.setattr(module, "load_dense" if module is convert else "load", None)
+    assert run(dense, tmp_path / "out", *options) == 2
+    assert "is no file; give the path of a" in capsys.readouterr().err
 
 
 # Stale results
