@@ -14,7 +14,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "crvq_hf/__init__.py").read_text(), re.MULTILINE).group(1)
-DATASETS = "datasets>=3.0"  # for dataset="wikitext2" and "c4"
+DATASETS = "datasets>=3.0"  # for dataset="wikitext2" and "c4", and for tables (JSON, CSV, parquet)
 GGUF = "gguf>=0.10"  # for --gguf-file
 REPORT = "matplotlib>=3.8"  # for report.html and report.png; whoever only loads a model needs none
 SERVE = ["fastapi", "uvicorn", "openai>=1.98"]  # what transformers[serving] adds

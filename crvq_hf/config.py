@@ -11,7 +11,7 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,19 +79,28 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _list(value: Any) -> list[Any] | None:
+    """Returns a list of what a list, an array or a column of a table holds; None for what is none of these."""
+    is_ordered = isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping, Set))
+    if not is_ordered or getattr(value, "ndim", 1) != 1:
+        return None
+    return [str(item) if isinstance(item, str) else item for item in value]  # numpy has strings of its own
+
+
 def _names(name: str, value: Any) -> list[str] | None:
     if value is None:
         return None
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
+    names = _list(value)
+    if names is None or not all(isinstance(item, str) and item for item in names):
         raise ValueError(f"{name} must be a list of module names or None, got {value!r}.")
-    for item in value:
+    for item in names:
         try:
             re.compile(item)
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
                 f"{name} must hold names or regular expressions, but {item!r:.80} is neither: {error}."
             ) from None
-    return list(value)
+    return names
 
 
 def _dataset(name: str, value: Any) -> list[str] | str | None:
@@ -99,11 +108,12 @@ def _dataset(name: str, value: Any) -> list[str] | str | None:
         value = os.fspath(value)
     if value is None or (isinstance(value, str) and value):
         return value
-    if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
-        return list(value)
+    texts = _list(value)
+    if texts and all(isinstance(item, str) for item in texts):
+        return texts
     raise ValueError(
-        f"{name} must be 'self', 'wikitext2', 'c4', the path of a text file, a non-empty list of texts or None, "
-        f"got {type(value).__name__} {value!r:.80}."
+        f"{name} must be 'self', 'wikitext2', 'c4', the path of a text file, path:field of a table, a non-empty list "
+        f"or column of texts or None, got {type(value).__name__} {' '.join(repr(value).split()):.80}."
     )
 
 
@@ -141,11 +151,18 @@ def _anything(name: str, value: Any) -> Any:
     return value
 
 
+def split_field(dataset: str) -> tuple[str, str | None]:
+    """Returns the path and the field of a `dataset` such as `texts.jsonl:body`, None for no field."""
+    path, colon, field = dataset.rpartition(":")
+    is_split = colon and field and os.path.isfile(path) and not os.path.exists(dataset)
+    return (path, field) if is_split else (dataset, None)
+
+
 def shareable_dataset(dataset: list[str] | str | None) -> str | None:
     """Returns a `dataset` without the user's texts and folders: how many texts, the last component of a path."""
     if isinstance(dataset, list):
         return f"{len(dataset)} texts"
-    if dataset and (os.path.isabs(dataset) or os.path.exists(dataset)):
+    if dataset and (os.path.isabs(dataset) or os.path.exists(split_field(dataset)[0])):
         return os.path.basename(os.path.normpath(dataset))
     return dataset
 
@@ -190,7 +207,8 @@ class CRVQConfig(QuantizationConfigMixin):
     )
     dataset: list[str] | str | None = _option(
         "self",
-        "calibration text: 'self' (written by the model), 'wikitext2', 'c4', a path, a list of texts, or None",
+        "calibration text: 'self' (written by the model), 'wikitext2', 'c4', a path (of a table: path:field), "
+        "a list of texts, or None",
         _dataset,
     )
     nsamples: int = _option(64, "calibration sequences for fitting and tuning block by block", _integer(1))
@@ -234,6 +252,8 @@ class CRVQConfig(QuantizationConfigMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in FIELDS:
+            if getattr(value, "ndim", None) == 0:  # a number of numpy or torch
+                value = value.item()
             value = FIELDS[name].metadata["check"](name, value)
         super().__setattr__(name, value)
         if name in ("codebook_bits", "embedding_bits"):

@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .checkpoint.loading import check_loaded, match_checkpoint
 from .checkpoint.metadata import metadata_of
+from .checkpoint.sources import heard_options
 from .config import QUANT_METHOD, CRVQConfig
 from .modeling.blocks import find_blocks
 from .modeling.counting import QUANTIZED, count_weights_
@@ -83,6 +84,7 @@ class CRVQQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             find_blocks(model)
+            self._loading_options = heard_options(model, checkpoint_files)
             return
         if checkpoint_files is None:  # a state dict was given, so there are no headers to ask
             unfuse_experts_to_quantize_(model, self.quantization_config)
@@ -98,7 +100,9 @@ class CRVQQuantizer(HfQuantizer):
         if not self.pre_quantized:
             from .pipeline.quantize_model import quantize_  # whoever only loads a model needs none of it
 
-            self.quantization_config = quantize_(model, self.quantization_config)
+            model.__dict__.pop("adjust_generation_fn", None)  # where it was not called
+            options = self.__dict__.pop("_loading_options", {})  # a token may be among them
+            self.quantization_config = quantize_(model, self.quantization_config, options=options)
         else:
             check_loaded(model)
             if self.quantization_config.dequantize:

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -217,3 +218,47 @@ def test_layer_shape(size, fields, expected):
 def test_layer_shape_of_channels_that_do_not_fit():
     with pytest.raises(ValueError, match="36 input channels cannot be cut into groups of 8"):
         CRVQConfig().layer_shape(36, 8)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "pandas", "datasets", "tuple"])
+def test_columns_of_texts_and_names(kind):
+    texts = ["one", "two"]
+    if kind == "numpy":
+        column = numpy.array(texts)
+    elif kind == "tuple":
+        column = tuple(texts)
+    else:
+        module = pytest.importorskip(kind)
+        table = module.DataFrame({"text": texts}) if kind == "pandas" else module.Dataset.from_dict({"text": texts})
+        column = table["text"]
+    config = CRVQConfig(dataset=column, modules_to_not_convert=column)
+    assert config.dataset == config.modules_to_not_convert == texts
+    assert {type(text) for text in config.dataset} == {str}
+    json.dumps(config.to_dict())
+
+
+def test_tables_and_sets_are_no_texts():
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    table = {"text": ["one"]}
+    for value in (pandas.DataFrame(table), datasets.Dataset.from_dict(table), table, {"one"}, numpy.array([["one"]])):
+        with pytest.raises(ValueError, match="column of texts or None, got ") as caught:
+            CRVQConfig(dataset=value)
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_and_torch():
+    config = CRVQConfig(
+        nsamples=numpy.int64(8),
+        seqlen=torch.tensor(16),
+        critical_ratio=numpy.float32(0.5),
+        seed=numpy.array(3),
+        dequantize=numpy.bool_(True),
+        importance=numpy.str_("weight"),
+    )
+    assert config == CRVQConfig(
+        nsamples=8, seqlen=16, critical_ratio=0.5, seed=3, dequantize=True, importance="weight"
+    )
+    json.dumps(config.to_dict())
+    for value in (numpy.float64(8.5), numpy.bool_(True)):
+        with pytest.raises(ValueError, match="nsamples must be an integer"):
+            CRVQConfig(nsamples=value)

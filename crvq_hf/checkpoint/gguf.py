@@ -10,23 +10,27 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 
-def load_gguf(source: str | os.PathLike, gguf_file: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def load_gguf(
+    source: str | os.PathLike, gguf_file: str, dtype: torch.dtype, options: dict[str, Any] | None = None
+) -> tuple[PreTrainedModel, Any]:
     """Returns a model with the dequantized weights of a GGUF file, as if from a dense checkpoint, and its tokenizer.
 
     Args:
         source: folder or hub repository with the file.
         gguf_file: name of the file in it.
         dtype: of the weights.
+        options: of `from_pretrained`, for the model and its tokenizer.
 
     Raises:
         ValueError: the package `gguf` is not installed, or transformers cannot read this GGUF.
         OSError: there is no such file.
     """
+    options = {"gguf_file": gguf_file, **(options or {})}
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=gguf_file, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+            source, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except ImportError as error:
         raise ValueError("Reading a GGUF file needs the package gguf; pip install 'crvq-hf[gguf]'.") from error
     fields = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}

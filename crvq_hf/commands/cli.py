@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 if `crvq doctor` or `crvq verify` found a problem, 2 after an error, 130 after Ctrl-C.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     arguments = list(sys.argv[1:] if argv is None else argv)
     serves = arguments[:1] == ["serve"]  # what follows is for transformers
     args = build_parser().parse_args(arguments[:1] if serves else arguments)

@@ -1,21 +1,26 @@
 """From a dense checkpoint to a folder with the quantized one: checks before the work, nothing half-written after."""
 
 import copy
+import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..checkpoint.sources import check_source, load_dense
+from ..checkpoint.sources import OF_THE_MODEL, check_source, load_dense, source_hash
 from ..config import CRVQConfig
 from ..modeling.replace import linear_size, quantizable_linears
 from ..pipeline.budget import within_budget
+from ..pipeline.calibration import check_dataset
+from ..pipeline.fingerprint import dataset_fingerprint
 from ..pipeline.quantize_model import quantize_model
 from ..resources import distributed
 from ..resources.workfolder import FINGERPRINT, flush, is_full_disk, is_work_folder, remove_folder
@@ -25,83 +30,152 @@ from ..sharing.report import REPORT, UNFINISHED, command_digest, command_of, dra
 logger = logging.getLogger("crvq")
 
 _UNFINISHED = UNFINISHED  # such a folder may be removed
+# What an empty folder may hold: the top of a disk has one of its own.
+_NO_MATTER = {"lost+found"}
 
 
-def convert(source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: str | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Places:
+    """Where a run writes.
+
+    Attributes:
+        out: the result's folder, symbolic links resolved.
+        unfinished: the folder in which the result is made.
+        work: the work folder.
+    """
+
+    out: Path
+    unfinished: Path
+    work: Path
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the result is made inside its folder, to which it is then moved file by file."""
+        return self.out in self.unfinished.parents
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the result's own name, or its files, are put in."""
+        return self.out if self.is_inside else self.out.parent
+
+
+def convert(
+    source: str,
+    out: str | os.PathLike,
+    config: CRVQConfig,
+    gguf_file: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Quantizes a checkpoint into a new folder; the same call again continues an interrupted one.
 
     Args:
         source: folder or hub id of a dense causal language model.
         out: folder to make. Finished blocks are kept in `config.work_dir`, by default `out` + ".work", until the
-            result is saved.
+            result is saved. A folder that is there and empty (a mount point, say) stays, and all is kept inside it.
         config: how to quantize.
         gguf_file: name of a GGUF file in `source` to read instead of safetensors.
+        options: loading options of `source`, see `checkpoint.sources`.
 
     Returns:
-        The report: the pipeline's (see `quantize_blocks_`) with the `command`, `base_model` and `base_licence`, as in
-        `out`/report.json, drawn in report.html and report.png. Where `out` holds the finished result of the same
-        call, nothing is done and that report returned. Of several processes the first writes all of it.
+        The report: the pipeline's (see `quantize_blocks_`) with the `command`, hashes of its `inputs`, `base_model`
+        and `base_licence`, as in `out`/report.json, drawn in report.html and report.png. Where `out` holds the
+        finished result of the same call, nothing is done and that report returned. Of several processes the first
+        writes all of it.
 
     Raises:
-        ValueError: there is no such model, it is already quantized, `out` holds something else, there is too little
-            space, or what `quantize_model` refuses.
+        ValueError: there is no such model, it is already quantized, `out` holds something else or cannot be written
+            in, its model or text has changed since, there is too little space, or what `quantize_model` refuses.
         OSError: the result cannot be saved; the work folder is kept.
     """
-    out = Path(os.path.abspath(out))
-    work = Path(config.work_dir or f"{out}.work")
-    finished = distributed.first(lambda: _start(source, out, config, gguf_file, work))
+    options = options or {}
+    finished, places, inputs = distributed.first(lambda: _start(source, out, config, gguf_file, options))
     if finished is not None:
         return finished
-    command = command_of(source, gguf_file, config)
+    command, work = command_of(source, gguf_file, config, options), places.work
     config = copy.copy(config)
     config.work_dir = str(work)
-    model, tokenizer = load_dense(source, gguf_file)
-    _check_space(model, config, out.parent)
+    model, tokenizer = load_dense(source, gguf_file, options)
+    _check_space(model, config, places.folder)
     is_new = not work.exists()
     try:
-        quantize_model(model, tokenizer if config.tokenizer is None else None, config)
+        quantize_model(model, tokenizer if config.tokenizer is None else None, config, options)
     except BaseException as error:
         # Nothing in it is worth keeping.
         if distributed.rank() == 0 and is_new and not (work / "calibration.safetensors").exists():
             remove_folder(work, last=FINGERPRINT)
+            _remove_if_empty(places.out / _UNFINISHED)
         if is_full_disk(error):
             raise OSError(f"The disk is full ({work}); free some space and run the same command again.") from error
         raise
-    extra = {"command": command, "command_digest": command_digest(command), "base_licence": licence_in(source)}
-    report = shareable(model.crvq_report | extra)
-    return distributed.first(lambda: _finish(model, tokenizer, report, out, work))
+    extra = {"command": command, "command_digest": command_digest(command), "inputs": inputs}
+    report = shareable(model.crvq_report | extra | {"base_licence": licence_in(source)})
+    return distributed.first(lambda: _finish(model, tokenizer, report, places))
 
 
-def _start(source: str, out: Path, config: CRVQConfig, gguf_file: str | None, work: Path) -> dict[str, Any] | None:
-    """Returns the report of a finished result of the same call, which it tidies up; None if there is work to do."""
-    finished = finished_report(source, out, config, gguf_file)
-    if finished is None:
-        _check_writable(out.parent)
-        return None
-    if is_work_folder(work):  # a kill came before the end
-        remove_folder(work, last=FINGERPRINT)
-    (out / _UNFINISHED).unlink(missing_ok=True)
-    logger.warning("%s is already the finished result of this command; nothing to do.", out)
-    return finished
+def _places(out: str | os.PathLike, config: CRVQConfig) -> _Places:
+    """Returns where a run writes, the same for all calls until it is finished.
 
-
-def _finish(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], out: Path, work: Path) -> dict[str, Any]:
-    """Saves everything in `out`, then removes the work folder; returns the report."""
+    Raises:
+        ValueError: `out` is a symbolic link that leads in a circle.
+    """
     try:
-        _save(model, tokenizer, report, out)
+        out = Path(out).resolve()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{os.fspath(out)} leads nowhere ({error}); name another output.") from None
+    beside = Path(f"{out}.work")
+    is_there = out.is_dir()
+    work = out / _UNFINISHED / "work" if is_there and not beside.exists() else beside
+    unfinished = out / _UNFINISHED / "result" if is_there else out.with_name(f"{out.name}.tmp")
+    return _Places(out, unfinished, Path(os.path.abspath(config.work_dir or work)))
+
+
+def _start(
+    source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: str | None, options: dict[str, Any]
+) -> tuple[dict[str, Any] | None, _Places, dict[str, str | None]]:
+    """Returns the report of a finished result of the same call, None if there is work to do; places; and inputs."""
+    finished, places = finished_report(source, out, config, gguf_file, options), _places(out, config)
+    if finished is None:
+        _check_writable(places.folder)
+        check_dataset(config.dataset)
+        return None, places, _inputs(source, config, gguf_file, options)
+    _tidy(places)  # a kill came before the end
+    logger.warning("%s is already the finished result of this command; nothing to do.", places.out)
+    return finished, places, {}
+
+
+def _tidy(places: _Places) -> None:
+    """Removes what a finished result needs no more: the work folder, then the mark of what is unfinished."""
+    mark = places.out / _UNFINISHED
+    if is_work_folder(places.work):
+        remove_folder(places.work, last=FINGERPRINT)
+    if mark.is_dir():
+        shutil.rmtree(mark, ignore_errors=True)
+    else:
+        mark.unlink(missing_ok=True)
+
+
+def _finish(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], places: _Places) -> dict[str, Any]:
+    """Saves everything in `out`, then removes the work folder; returns the report."""
+    out, work = places.out, places.work
+    try:
+        _save(model, tokenizer, report, places)
     except (OSError, SafetensorError) as error:
         reason = "the disk is full" if is_full_disk(error) else str(error)
         raise OSError(
             f"Saving {out} failed: {reason}. Nothing is lost: what is quantized is kept in {work}; "
             "once this is solved, run the same command again."
         ) from error
-    remove_folder(work, last=FINGERPRINT)
+    _tidy(places)
     draw_if_possible(out)  # last: whatever happens to the picture, the result is there
     return report
 
 
 def finished_report(
-    source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: str | None = None
+    source: str,
+    out: str | os.PathLike,
+    config: CRVQConfig,
+    gguf_file: str | None = None,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """Returns the report of a finished result of the same call of `convert`, None if `out` is free.
 
@@ -109,12 +183,15 @@ def finished_report(
         ValueError: there is something else in `out`, or there can be no model `source`.
     """
     check_source(source)
-    out, command = Path(os.path.abspath(out)), command_of(source, gguf_file, config)
-    unfinished = _unfinished(out)
+    places, command = _places(out, config), command_of(source, gguf_file, config, options)
+    out, unfinished = places.out, places.unfinished
     is_ours = (unfinished / _UNFINISHED).is_file() or (unfinished.is_dir() and not any(unfinished.iterdir()))
-    if unfinished.exists() and not is_ours:
+    if unfinished.exists() and not (is_ours or places.is_inside):
         raise ValueError(f"{unfinished} is in the way and crvq did not make it; move it or name another output.")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    own = {path.relative_to(out).parts[0] for path in (places.work, unfinished) if out in path.parents}
+    if not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= _NO_MATTER | own):
+        return None
+    if (out / _UNFINISHED).is_dir() and not (out / REPORT).exists():  # a kill came while files were moved
         return None
     try:
         report = json.loads((out / REPORT).read_text(encoding="utf-8"))
@@ -126,7 +203,28 @@ def finished_report(
             f"{out} exists and is the result of another command ({model} quantized with other settings "
             "or another model); name another output, or remove it."
         )
+    then, now = report.get("inputs") or {}, _inputs(source, config, gguf_file, options or {})
+    changed = [name for name, value in now.items() if None not in (value, then.get(name)) and then[name] != value]
+    if changed:
+        raise ValueError(
+            f"{out} is the result of this command, but {' and '.join(changed)} changed since; name another output, or "
+            "remove it to quantize anew."
+        )
     return report
+
+
+def _inputs(source: str, config: CRVQConfig, gguf_file: str | None, options: dict[str, Any]) -> dict[str, str | None]:
+    """Returns what changes when something that a command only names does; None for what cannot be told."""
+    tokenizer = "" if config.tokenizer is None else config.tokenizer
+    if tokenizer != "" and isinstance(tokenizer, (str, os.PathLike)):
+        general = {key: value for key, value in options.items() if key not in OF_THE_MODEL}
+        name = os.fspath(tokenizer)
+        tokenizer = source_hash(name, options=general) or hashlib.sha256(name.encode()).hexdigest()
+    return {
+        "the model's files": source_hash(source, gguf_file, options),
+        "the calibration text": dataset_fingerprint(config.dataset),
+        "the tokenizer": tokenizer if isinstance(tokenizer, str) else None,
+    }
 
 
 def _check_writable(folder: Path) -> None:
@@ -154,16 +252,14 @@ def _check_space(model: PreTrainedModel, config: CRVQConfig, folder: Path) -> No
         )
 
 
-def _unfinished(out: Path) -> Path:
-    """Returns the folder that is written before it is renamed to `out`."""
-    return out.with_name(f"{out.name}.tmp")
+def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], places: _Places) -> None:
+    """Saves model, tokenizer and report in `out`, which is there complete or not at all.
 
-
-def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], out: Path) -> None:
-    """Saves model, tokenizer and report in `out`, which is there complete or not at all."""
-    unfinished = _unfinished(out)
+    Where `out` was there, its files come one by one, those last without which it is no checkpoint and no result.
+    """
+    out, unfinished = places.out, places.unfinished
     remove_folder(unfinished, last=_UNFINISHED)
-    unfinished.mkdir()
+    unfinished.mkdir(parents=True)
     try:
         (unfinished / _UNFINISHED).touch()
         model.save_pretrained(unfinished)
@@ -173,12 +269,29 @@ def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], out: P
         save_report(unfinished, report)
         for path in (*unfinished.rglob("*"), unfinished):
             flush(path)
-        os.replace(unfinished, out)
-        flush(out.parent)
-        (out / _UNFINISHED).unlink()  # last: wherever a kill comes, the next run knows what it may remove
+        if not places.is_inside:
+            os.replace(unfinished, out)
+            flush(out.parent)
     except BaseException:
         remove_folder(unfinished, last=_UNFINISHED)
         raise
+    if places.is_inside:
+        _move_files(unfinished, out)
+
+
+def _move_files(folder: Path, out: Path) -> None:
+    """Moves all files of a folder, but for the mark, into `out`, on the same disk."""
+    last = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, REPORT]
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.name != _UNFINISHED]
+    for name in sorted(names, key=lambda name: last.index(name.name) if name.name in last else -1):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder / name, out / name)
+        flush((out / name).parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _remove_indentation(file: Path) -> None:

@@ -1,10 +1,11 @@
-"""Which versions are here, which code runs a CRVQ layer on this machine, and whether it computes the right thing."""
+"""What is here: versions, the code that runs a CRVQ layer and whether it computes the right thing, work folders."""
 
 import argparse
 import importlib.util
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from crvq_kernels import (
@@ -18,9 +19,12 @@ from crvq_kernels import (
     tile_codes,
 )
 
+from ..pipeline import fingerprint
 from ..resources.device import compute_device, has_fast_bfloat16
+from ..resources.workfolder import FINGERPRINT, FINISHED, folder_bytes, remove_folder, state_of, work_folders
+from ..sharing.text import megabytes
 
-HELP = "versions, the kernel in use, and whether it computes correctly"
+HELP = "versions, the kernel in use and whether it computes correctly, work folders of earlier runs"
 PACKAGES = ("crvq-hf", "torch", "transformers", "triton", "accelerate", "optimum", "safetensors", "datasets", "gguf")
 TOKEN_COUNTS = (1, 512)  # writing a text, reading one
 OUT_FEATURES = 192
@@ -30,13 +34,38 @@ TOLERANCE = 1e-2  # relative RMS error of fp16 activations
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     parser.add_argument("--device", help="device to examine; cuda if present, else cpu")
+    text = "remove the work folders of finished runs from the Hugging Face cache, and do nothing else"
+    parser.add_argument("--clean", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the findings; returns 1 if a kernel computes something else than the reference."""
+    if args.clean:
+        print("\n".join(clean(fingerprint.WORK_FOLDERS)))
+        return 0
     lines, well = examine(compute_device(args.device))
-    print("\n".join(lines))
+    print("\n".join([*lines, *listed(fingerprint.WORK_FOLDERS)]))
     return 0 if well else 1
+
+
+def listed(parent: Path) -> list[str]:
+    """Returns lines on the work folders in `parent`, the folder of those that were not named."""
+    folders = work_folders(parent)
+    lines = [f"{megabytes(folder_bytes(folder))}, {state_of(folder)}: {folder}" for folder in folders]
+    if any(", finished: " in line for line in lines):
+        lines.append("crvq doctor --clean removes those that are finished")
+    return [f"{'work folders' if not number else '':<18} {line}" for number, line in enumerate(lines or ["none"])]
+
+
+def clean(parent: Path) -> list[str]:
+    """Removes the finished work folders in `parent`; returns lines on what is gone and what is left."""
+    lines = []
+    for folder in work_folders(parent):
+        size, state = megabytes(folder_bytes(folder)), state_of(folder)
+        if state == FINISHED:
+            remove_folder(folder, last=FINGERPRINT)
+        lines.append(f"{'left' if folder.exists() else 'removed'}: {size}, {state}: {folder}")
+    return lines or [f"There are no work folders in {parent}."]
 
 
 def examine(device: torch.device) -> tuple[list[str], bool]:

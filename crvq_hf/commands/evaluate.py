@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 from ..checkpoint.sources import load
-from ..evaluation.perplexity import perplexity, read_text_tokens, tokens_per_second
+from ..evaluation.perplexity import SEQLEN, check_text, most_tokens, perplexity, read_text_tokens, tokens_per_second
 from ..evaluation.tasks import Tasks, run_tasks, table
-from .options import add_model_options
+from .options import add_model_options, loading_options
 
 HELP = "perplexity of a model on a text, or benchmark tasks"
 
@@ -16,8 +16,9 @@ HELP = "perplexity of a model on a text, or benchmark tasks"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
     add_model_options(parser)
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text, read from its start")
-    parser.add_argument("--seqlen", type=int, default=2048, help="tokens per window (default: %(default)s)")
+    parser.add_argument("--text", metavar="FILE", help="UTF-8 text, or FILE:FIELD of a table, read from its start")
+    text = f"tokens per window (default: {SEQLEN}, or what the model and the text have)"
+    parser.add_argument("--seqlen", type=int, metavar="N", help=text)
     parser.add_argument("--windows", type=int, default=10, help="windows at most (default: %(default)s)")
     parser.add_argument("--speed", type=int, metavar="N", help="also time the writing of N tokens")
     parser.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks of the lm-evaluation-harness (lm_eval)")
@@ -31,11 +32,14 @@ def run(args: argparse.Namespace) -> None:
     if args.text is None and args.tasks is None:
         raise ValueError("Nothing to evaluate on; give --text FILE, --tasks NAME or both.")
     tasks = None if args.tasks is None else Tasks(args.tasks.split(","), args.include_path)
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    if args.text is not None:
+        check_text(args.text)
+    model, tokenizer = load(args.model, args.device, args.dtype, options=loading_options(args))
     found: dict[str, Any] = {"device": str(model.device), "dtype": str(model.dtype)}
     lines = []
     if args.text is not None:
-        result = perplexity(model, read_text_tokens(tokenizer, args.text), args.seqlen, args.windows)
+        tokens = read_text_tokens(tokenizer, args.text, most_tokens(args.seqlen, args.windows))
+        result = perplexity(model, tokens, args.seqlen, args.windows)
         found |= dataclasses.asdict(result)
         lines.append(
             f"perplexity {result.value:.4f} over {result.tokens} tokens ({result.windows} windows of "

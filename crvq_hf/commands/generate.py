@@ -3,7 +3,8 @@
 import argparse
 
 from ..checkpoint.sources import load
-from .options import add_model_options
+from ..pipeline.text import check_tokens
+from .options import add_model_options, loading_options
 
 HELP = "let a model write"
 
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints the continuation of a prompt, greedy."""
     if args.max_new_tokens < 1:
         raise ValueError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, args.device, args.dtype, options=loading_options(args))
     if tokenizer.chat_template and not args.raw:
         messages = [{"role": "user", "content": args.prompt}]
         tokens = tokenizer.apply_chat_template(
@@ -30,5 +31,6 @@ def run(args: argparse.Namespace) -> None:
         tokens = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
     if tokens["input_ids"].numel() == 0:
         raise ValueError("The prompt is empty; give some text.")
+    check_tokens(model, tokens["input_ids"])
     written = model.generate(**tokens.to(model.device), max_new_tokens=args.max_new_tokens, do_sample=False)
     print(tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -24,14 +24,28 @@ GROUPS = {
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds MODEL and how to run it."""
+    """Adds MODEL and how to load and run it."""
     parser.add_argument("model", metavar="MODEL", help="folder or hub id, dense or quantized")
+    add_loading_options(parser)
     parser.add_argument("--device", help="device to run on; cuda if present, else cpu")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "float16", "bfloat16"),
         help="dtype of what is not quantized, auto is as stored (default: float32 on a CPU, else auto)",
     )
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Adds where in a repository a model is and whether its code may run, see `loading_options`."""
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of MODEL on the hub")
+    parser.add_argument("--subfolder", metavar="DIR", help="folder within MODEL")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with MODEL")
+
+
+def loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the loading options that were given, as `from_pretrained` takes them."""
+    names = ("revision", "subfolder", "trust_remote_code")
+    return {name: value for name in names if (value := getattr(args, name))}
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +71,7 @@ def _option(field: dataclasses.Field) -> dict[str, Any]:
     elif field.name == "bits":
         options |= {"type": float, "metavar": "X"}
     elif field.name == "dataset":  # the one field that takes other values here than in Python
-        sources = "'self' (written by the model), 'wikitext2', 'c4', a text file, or 'none'"
+        sources = "'self' (written by the model), 'wikitext2', 'c4', FILE, FILE:FIELD of a table, or 'none'"
         options |= {"metavar": "TEXT", "help": f"calibration text: {sources} (default: {field.default})"}
     elif field.type.startswith("list["):
         options |= {"action": "append", "metavar": "NAME", "help": f"{text}; may be repeated"}

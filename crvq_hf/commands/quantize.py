@@ -1,7 +1,6 @@
 """`crvq quantize`: a model into a new folder, on request with its perplexity before and after."""
 
 import argparse
-import hashlib
 import logging
 import os
 import shlex
@@ -12,12 +11,13 @@ from typing import Any
 from ..checkpoint.info import read_info
 from ..checkpoint.sources import load
 from ..config import FIELDS, CRVQConfig
-from ..evaluation.perplexity import perplexity, read_text_tokens
+from ..evaluation.perplexity import SEQLEN, check_text, most_tokens, perplexity, read_text_tokens
+from ..pipeline.fingerprint import dataset_fingerprint
 from ..resources import distributed
 from ..sharing.report import draw_if_possible, save_report
 from ..sharing.text import megabytes
 from .convert import convert, finished_report
-from .options import add_config_options
+from .options import add_config_options, add_loading_options, loading_options
 
 logger = logging.getLogger("crvq")
 
@@ -29,13 +29,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or hub id of a dense causal language model")
     parser.add_argument("out", metavar="OUT", help="folder to make")
     parser.add_argument("--gguf-file", metavar="FILE", help="read this GGUF file of MODEL")
+    add_loading_options(parser)
     add_config_options(parser)
     group = parser.add_argument_group("evaluation")
     text = "also measure the perplexity on this UTF-8 text, before and after, for the report"
     group.add_argument("--evaluate", metavar="FILE", help=text)
-    for name, default, text in (("seqlen", 2048, "tokens per window"), ("windows", 10, "windows at most")):
-        options = {"type": int, "default": default, "metavar": "N", "help": f"{text} (default: {default})"}
-        group.add_argument(f"--evaluate-{name}", **options)
+    text = f"tokens per window (default: {SEQLEN}, or what the model and the text have)"
+    group.add_argument("--evaluate-seqlen", type=int, metavar="N", help=text)
+    text = "windows at most (default: %(default)s)"
+    group.add_argument("--evaluate-windows", type=int, default=10, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,12 +46,12 @@ def run(args: argparse.Namespace) -> None:
     if fields.get("dataset") == "none":
         fields["dataset"] = None
     with distributed.together(fields.get("device")):
-        config = CRVQConfig(**fields)
+        config, options = CRVQConfig(**fields), loading_options(args)
         if args.evaluate is None:
-            report = convert(args.model, args.out, config, args.gguf_file)
+            report = convert(args.model, args.out, config, args.gguf_file, options)
         else:
             measurement = Measurement(args.evaluate, args.evaluate_seqlen, args.evaluate_windows, config.device)
-            report = convert_and_measure(args.model, args.out, config, args.gguf_file, measurement)
+            report = convert_and_measure(args.model, args.out, config, args.gguf_file, measurement, options)
     if distributed.rank():
         return
     print(summary(report))
@@ -80,19 +82,24 @@ class Measurement:
 
     Attributes:
         text: path of a UTF-8 text file.
-        seqlen: tokens per window.
+        seqlen: tokens per window; None for 2048, or what the model and the text have.
         windows: windows at most, from the start of the text.
         device: to run on; cuda if present, else cpu.
     """
 
     text: str
-    seqlen: int = 2048
+    seqlen: int | None = None
     windows: int = 10
     device: str | None = None
 
 
 def convert_and_measure(
-    source: str, out: str | os.PathLike, config: CRVQConfig, gguf_file: str | None, measurement: Measurement
+    source: str,
+    out: str | os.PathLike,
+    config: CRVQConfig,
+    gguf_file: str | None,
+    measurement: Measurement,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Does what `convert` does, and measures the perplexity of the dense and of the quantized model.
 
@@ -108,19 +115,23 @@ def convert_and_measure(
         OSError: as `convert`.
     """
     text = Path(measurement.text)
-    wanted = {"seqlen": measurement.seqlen, "most_windows": measurement.windows, "text_sha256": _sha256(text)}
-    finished = distributed.first(lambda: finished_report(source, out, config, gguf_file))
+    options = options or {}
+    check_text(measurement.text)
+    wanted = {"most_windows": measurement.windows, "text_sha256": dataset_fingerprint(measurement.text)}
+    wanted |= {} if measurement.seqlen is None else {"seqlen": measurement.seqlen}
+    finished = distributed.first(lambda: finished_report(source, out, config, gguf_file, options))
     found = (finished or {}).get("evaluation", {})
     if all(found.get(key) == value for key, value in wanted.items()):
-        return convert(source, out, config, gguf_file)
-    before = distributed.first(lambda: _measure(source, gguf_file, measurement))
-    report = finished or convert(source, out, config, gguf_file)
-    after = distributed.first(lambda: _measure(os.fspath(out), None, measurement))
-    windows = ["--seqlen", str(measurement.seqlen), "--windows", str(measurement.windows)]
+        return convert(source, out, config, gguf_file, options)
+    before = distributed.first(lambda: _measure(source, gguf_file, measurement, options))
+    report = finished or convert(source, out, config, gguf_file, options)
+    trusted = {key: value for key, value in options.items() if key == "trust_remote_code"}
+    after = distributed.first(lambda: _measure(os.fspath(out), None, measurement, trusted))
+    windows = ["--seqlen", str(after["seqlen"]), "--windows", str(measurement.windows)]
     evaluation = {
         "text": text.name,
         **wanted,
-        **{key: after[key] for key in ("windows", "tokens", "device", "dtype")},
+        **{key: after[key] for key in ("seqlen", "windows", "tokens", "device", "dtype")},
         "command": shlex.join(["crvq", "eval", "MODEL", "--text", text.name, *windows]),
         "before": {key: before[key] for key in ("value", "seconds")},
         "after": {key: after[key] for key in ("value", "seconds")},
@@ -130,15 +141,10 @@ def convert_and_measure(
     return report
 
 
-def _measure(source: str, gguf_file: str | None, measurement: Measurement) -> dict[str, Any]:
+def _measure(source: str, gguf_file: str | None, measurement: Measurement, options: dict[str, Any]) -> dict[str, Any]:
     """Returns what `crvq eval --json` says."""
-    model, tokenizer = load(source, measurement.device, gguf_file=gguf_file)
-    tokens = read_text_tokens(tokenizer, measurement.text)
+    model, tokenizer = load(source, measurement.device, gguf_file=gguf_file, options=options)
+    tokens = read_text_tokens(tokenizer, measurement.text, most_tokens(measurement.seqlen, measurement.windows))
     result = asdict(perplexity(model, tokens, measurement.seqlen, measurement.windows))
     logger.info("Perplexity of %s: %.4f.", source, result["value"])
     return {**result, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-
-
-def _sha256(text: Path) -> str | None:
-    """Returns the hash of a file, None where there is none: reading its tokens then says so."""
-    return hashlib.sha256(text.read_bytes()).hexdigest() if text.is_file() else None

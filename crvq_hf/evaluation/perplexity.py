@@ -4,7 +4,6 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from ..config import split_field
+from ..pipeline.text import check_tokens, first_tokens, read_text
+
+SEQLEN = 2048  # tokens per window where the model, and the text, have so many
 CHUNK = 256  # positions whose logits are in fp32 at once
 
 
@@ -34,31 +37,39 @@ class Perplexity:
     seconds: float
 
 
-def read_text_tokens(tokenizer: Any, path: str | os.PathLike) -> Tensor:
-    """Returns the tokens of a whole text file, `[tokens]`, int64, without special tokens.
+def check_text(path: str) -> None:
+    """Raises ValueError if `path`, which may name a field too, is that of no file."""
+    if not os.path.isfile(split_field(path)[0]):
+        raise ValueError(f"The text {path} is no file; give the path of a UTF-8 text file.")
+
+
+def read_text_tokens(tokenizer: Any, path: str | os.PathLike, most: int | None = None) -> Tensor:
+    """Returns the tokens of a text, `[tokens]`, int64, without special tokens.
 
     Args:
         tokenizer: a transformers tokenizer.
-        path: a UTF-8 text file.
+        path: a UTF-8 text file, or a table, see `read_text`.
+        most: how many tokens from its start, no more than these are made; None for all.
 
     Raises:
-        ValueError: there is no such file, it is empty, or it is no UTF-8 text.
+        ValueError: there is no such file, it is empty, or holds no text.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"The text {path} is no file; give the path of a UTF-8 text file.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The text {path} is not UTF-8 ({error.reason} at byte {error.start}).") from error
-    if not text.strip():
+    path = os.fspath(path)
+    check_text(path)
+    tokens = first_tokens(tokenizer, read_text(path), most)
+    if not len(tokens):
         raise ValueError(f"The text {path} is empty; give a file with text in it.")
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    return tokens
+
+
+def most_tokens(seqlen: int | None, windows: int) -> int:
+    """Returns how many tokens `perplexity` can use of a text at most."""
+    return max(1, (seqlen or SEQLEN) * windows)
 
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, tokens: Tensor, seqlen: int = 2048, windows: int | None = 10, progress: bool = True
+    model: nn.Module, tokens: Tensor, seqlen: int | None = None, windows: int | None = 10, progress: bool = True
 ) -> Perplexity:
     """Returns the perplexity of a causal language model on a text.
 
@@ -68,14 +79,18 @@ def perplexity(
     Args:
         model: a causal language model, on any device.
         tokens: `[tokens]`, int64.
-        seqlen: tokens per window, at least 2.
+        seqlen: tokens per window, at least 2; None for 2048, or what the model and the text have.
         windows: how many windows to read at most, None for all.
         progress: show a progress bar.
 
     Raises:
-        ValueError: `seqlen` or `windows` is out of range, or the text is shorter than one window.
+        ValueError: `seqlen` or `windows` is out of range, the text is shorter than one window, or its tokens are of
+            another model.
     """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    check_tokens(model, tokens)
+    if seqlen is None:
+        seqlen = max(2, min(SEQLEN, longest or SEQLEN, len(tokens)))
     if seqlen < 2 or (longest is not None and seqlen > longest):
         raise ValueError(f"seqlen must be from 2 to the {longest or 'many'} tokens the model takes, got {seqlen}.")
     if windows is not None and windows < 1:

@@ -76,6 +76,12 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             report = _quantize(run, tokens)
+        work.finish()
+        if config.work_dir is None:
+            logger.warning(
+                "The work folder %s (%.1f MB) is kept, for the same run again; crvq doctor --clean removes it.",
+                *(work.path, work.nbytes() / 1e6),
+            )
     model.crvq_report = report
     return report
 

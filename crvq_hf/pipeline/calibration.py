@@ -9,12 +9,14 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from ..config import CRVQConfig
+from ..checkpoint.sources import load_tokenizer
+from ..config import CRVQConfig, split_field
 from ..resources import distributed
 from ..resources.device import compute_device
+from .text import check_tokens, drawn_tokens, read_text
 
 _HUB_DATASETS = ("wikitext2", "c4")
 # Sequences of end-to-end fine-tuning over `nsamples`, where the config leaves their number open.
@@ -34,7 +36,8 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> 
         config: its `dataset`, `seqlen`, `seed` and what `num_sequences` counts are used.
 
     Raises:
-        ValueError: no tokenizer, no such file or dataset, too little text, or sequences longer than the model takes.
+        ValueError: no tokenizer or another model's, no such file or dataset, too little text, or sequences longer than
+            the model takes.
     """
     if config.dataset is None:
         return None
@@ -47,12 +50,25 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> 
     if tokenizer is None:
         raise ValueError(f"dataset={config.dataset!r:.80} is text and needs a tokenizer; pass tokenizer=...")
     if config.dataset in _HUB_DATASETS and not Path(config.dataset).exists():
-        return _hub_tokens(config.dataset, tokenizer, config)
-    return _windows(_read(config.dataset), tokenizer, config)
+        tokens = _hub_tokens(config.dataset, tokenizer, config)
+    else:
+        tokens = _windows(_read(config.dataset), tokenizer, config)
+    check_tokens(model, tokens)
+    return tokens
 
 
-def load_tokenizer(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any) -> Any:
-    """Returns the tokenizer for the calibration text, or None where there is none and none is needed."""
+def tokenizer_for(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any, options: dict[str, Any]) -> Any:
+    """Returns the tokenizer for the calibration text, or None where there is none and none is needed.
+
+    Args:
+        model: has it by default.
+        config: says whether there is a text.
+        tokenizer: a tokenizer, the name of one, or None.
+        options: loading options of the model.
+
+    Raises:
+        ValueError: there is none.
+    """
     if tokenizer is None and config.dataset is None:
         return None
     if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
@@ -61,7 +77,7 @@ def load_tokenizer(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any) -
     problem = None
     if name:
         try:
-            return AutoTokenizer.from_pretrained(name)
+            return load_tokenizer(name, model.name_or_path, options)
         except (OSError, ValueError, KeyError) as error:
             problem = error
     if tokenizer is None and config.dataset == "self":
@@ -86,25 +102,24 @@ def num_sequences(config: CRVQConfig, available: int | None = None) -> int:
     return wanted if available is None else max(config.nsamples, min(wanted, available))
 
 
+def check_dataset(dataset: str | list[str] | None) -> None:
+    """Raises ValueError if `dataset` is the path of no file."""
+    named = dataset is None or isinstance(dataset, list) or dataset in ("self", *_HUB_DATASETS)
+    if not named and not Path(split_field(dataset)[0]).is_file():
+        raise ValueError(
+            f"dataset={dataset!r} is no file; give the path of a text file (of a table: path:field), a list of texts, "
+            "'wikitext2', 'c4', 'self' (the model writes its own) or None (weights only)."
+        )
+
+
 def _read(dataset: str | list[str]) -> str:
     """Returns the calibration text of a path or of a list of texts.
 
     Raises:
-        ValueError: there is no such file, it is not UTF-8 text, or there is nothing in it.
+        ValueError: there is no such file, it holds no text (see `read_text`), or there is nothing in it.
     """
-    if isinstance(dataset, str):
-        path = Path(dataset)
-        if not path.is_file():
-            raise ValueError(
-                f"dataset={dataset!r} is no file; give the path of a text file, a list of texts, "
-                "'wikitext2', 'c4', 'self' (the model writes its own) or None (weights only)."
-            )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{dataset} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    else:
-        text = "\n\n".join(dataset)
+    check_dataset(dataset)
+    text = "".join(read_text(dataset))
     if not text.strip():
         raise ValueError("The calibration text is empty; give some, or dataset='self' (the model writes its own).")
     return text
@@ -112,9 +127,10 @@ def _read(dataset: str | list[str]) -> str:
 
 def _windows(text: str, tokenizer: Any, config: CRVQConfig) -> Tensor:
     """Returns `num_sequences` non-overlapping windows of the text's tokens, drawn at random."""
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    wanted = num_sequences(config)
+    tokens, is_all = drawn_tokens(tokenizer, text, wanted * config.seqlen, config.seqlen, config.seed)
     available = len(tokens) // config.seqlen
-    needed = num_sequences(config, available)
+    needed = num_sequences(config, available) if is_all else wanted
     if available < needed:
         field = "nsamples" if needed == config.nsamples else "e2e_nsamples"
         raise ValueError(

@@ -1,6 +1,7 @@
 """What a quantization run depends on, and where its work folder is when the user names none."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,51 +9,78 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from torch import nn
 
-from ..config import CRVQConfig
+from ..checkpoint.metadata import tensor_hash
+from ..checkpoint.sources import file_hash
+from ..config import CRVQConfig, split_field
 
+# Where runs that name no work folder have theirs.
+WORK_FOLDERS = Path(HF_HOME) / "crvq"
 # Rooms whose code decides what comes out: a work folder that other code has written is not continued.
 _ROOMS = ("algorithm", "modeling", "pipeline", "tuning")
 # Tokenizers that split this alike are taken for the same.
 _PROBE = "Channel-relaxed vector quantization stores 1,024 weights in 1.1 bits each; naïvely, def f(x): return x\n"
 
 
+# Fields of a model's config that say nothing about what it computes, at any depth; nor do private ones.
+_NO_MATTER = ("architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config")
+
+
 @torch.no_grad()
 def run_fingerprint(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> dict[str, Any]:
     """Returns everything that decides the result, as JSON-able values by name.
 
-    Weights enter through at most 1024 values of each tensor: enough to tell models apart without reading them twice.
+    Weights enter in full, with the buffers that are saved, and so does the model's config, field by field.
     """
-    weights = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 1024)][:1024].float().cpu()
-        weights.update(f"{name}:{tuple(parameter.shape)}:{parameter.dtype}:".encode() + sample.numpy().tobytes())
+    weights, saved = hashlib.sha256(), model.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    for name, tensor in sorted({**dict(model.named_parameters()), **buffers}.items()):
+        weights.update(f"{name}:{tensor_hash(tensor)}\n".encode())
     code = hashlib.sha256()
     package = Path(__file__).parents[1]
     for file in sorted(file for room in _ROOMS for file in (package / room).glob("*.py")):
         code.update(file.read_bytes())
     code.update((package / "quantized_weight.py").read_bytes())
     fields = CRVQConfig.from_dict(config.to_dict(), embedding_bits=16).to_dict()  # 8 bits come after all blocks
-    fields["dataset"] = _dataset_fingerprint(fields["dataset"])
-    reads_text = config.dataset not in (None, "self")
+    fields["dataset"] = dataset_fingerprint(fields["dataset"])
+    reads_text = config.dataset not in (None, "self") and tokenizer is not None
     return {
-        "tokenization": tokenizer(_PROBE)["input_ids"] if reads_text and tokenizer is not None else None,
+        "tokenization": tokenizer(_PROBE)["input_ids"] if reads_text else None,
+        "vocabulary": _vocabulary_hash(tokenizer) if reads_text else None,
         "model": type(model).__name__,
         "weights": weights.hexdigest(),
         "code of crvq_hf": code.hexdigest(),
+        **{f"model.config.{name}": value for name, value in _plain(model.config.to_dict()).items()},
         **fields,
     }
 
 
-def _dataset_fingerprint(dataset: str | list[str] | None) -> str | None:
+def dataset_fingerprint(dataset: str | list[str] | None) -> str | None:
     """Returns what identifies the calibration text: the hash of a file's or a list's text, or a dataset's name."""
-    if isinstance(dataset, str) and Path(dataset).is_file():
-        return hashlib.sha256(Path(dataset).read_bytes()).hexdigest()
     if isinstance(dataset, list):
         return hashlib.sha256("\x00".join(dataset).encode()).hexdigest()
-    return dataset
+    path, field = (dataset, None) if dataset is None else split_field(dataset)
+    if path is None or not Path(path).is_file():
+        return dataset
+    return file_hash(path) + (f" {field}" if field else "")
+
+
+def _vocabulary_hash(tokenizer: Any) -> str | None:
+    """Returns the hash of a tokenizer's tokens and their numbers, None where it does not tell them."""
+    vocabulary = getattr(tokenizer, "get_vocab", dict)()
+    return hashlib.sha256(repr(sorted(vocabulary.items())).encode()).hexdigest() if vocabulary else None
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value of a model's config as JSON has it, without what does not matter."""
+    if isinstance(value, dict):
+        kept = {str(name): one for name, one in value.items() if name not in _NO_MATTER}
+        return {name: _plain(one) for name, one in sorted(kept.items()) if not name.startswith("_")}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    is_json = value is None or (isinstance(value, (str, int, float)) and value == value)  # not NaN
+    return value if is_json else type(value).__name__
 
 
 def default_work_dir(fingerprint: dict[str, Any]) -> Path:
     """Returns the work folder of a run that names none, in the Hugging Face cache."""
-    return Path(HF_HOME) / "crvq" / hashlib.sha256(repr(sorted(fingerprint.items())).encode()).hexdigest()[:16]
+    return WORK_FOLDERS / hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]

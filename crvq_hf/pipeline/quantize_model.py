@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -9,16 +11,22 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from ..checkpoint.sources import known_options
 from ..config import CRVQConfig, shareable_dataset
 from ..modeling.embedding import Int8Embedding, Int8Head, quantize_embeddings_
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import linear_size, quantizable_linears, unfuse_experts_to_quantize_
 from .block_loop import quantize_blocks_
 from .budget import within_budget
-from .calibration import load_tokenizer
+from .calibration import tokenizer_for
 
 
-def quantize_model(model: PreTrainedModel, tokenizer: Any = None, config: CRVQConfig | None = None) -> PreTrainedModel:
+def quantize_model(
+    model: PreTrainedModel,
+    tokenizer: Any = None,
+    config: CRVQConfig | None = None,
+    options: dict[str, Any] | None = None,
+) -> PreTrainedModel:
     """Quantizes a model that is in memory; afterwards it can be saved like any other.
 
     Args:
@@ -26,14 +34,17 @@ def quantize_model(model: PreTrainedModel, tokenizer: Any = None, config: CRVQCo
             to the compute device one at a time.
         tokenizer: tokenizer or its name, for calibration text; the one that came with the model by default.
         config: how to quantize, the defaults of `CRVQConfig` if None.
+        options: what `from_pretrained` needs to load that tokenizer, as `revision`, `subfolder`, `trust_remote_code`.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: the model is already quantized, is spread over devices, or has nothing to quantize.
+        ValueError: the model has adapters, is no transformers model, already quantized, spread over devices, or has
+            nothing to quantize.
     """
     config = CRVQConfig() if config is None else config
+    _check_plain(model)
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"{type(model).__name__} is already quantized ({model.quantization_method}); start from the dense model."
@@ -44,33 +55,71 @@ def quantize_model(model: PreTrainedModel, tokenizer: Any = None, config: CRVQCo
             f"The model to quantize must be on one device, found it on {sorted(devices)}; "
             "load it with device_map='cpu'."
         )
-    recorded = quantize_(model.eval(), config, tokenizer)
+    recorded = quantize_(model.eval(), config, tokenizer, options)
     # `import crvq_hf` has put the class there; it knows transformers' hooks, and so stands above this file.
     AutoHfQuantizer.from_config(recorded, pre_quantized=True).attach(model)
     return model
 
 
-def quantize_(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any = None) -> CRVQConfig:
+def quantize_(
+    model: PreTrainedModel, config: CRVQConfig, tokenizer: Any = None, options: dict[str, Any] | None = None
+) -> CRVQConfig:
     """Quantizes the layers of `model` in place; returns the config to store with it.
 
     Args:
         model: as for `quantize_model`; transformers does not know yet that it is quantized.
         config: how to quantize.
         tokenizer: for calibration text; by default the config's, else the one that came with the model.
+        options: that the model was loaded with, for its tokenizer; see `checkpoint.sources`.
 
     Raises:
         ValueError: as `quantize_blocks_`, or the budget `bits` cannot be met.
     """
     unfuse_experts_to_quantize_(model, config)
-    linears, _ = quantizable_linears(model, config)
+    linears, skipped = quantizable_linears(model, config)
     if not linears:
-        raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
+        raise ValueError(_nothing_to_quantize(model, skipped))
     config = within_budget(config, map(linear_size, linears.values()))
     tokenizer = config.tokenizer if tokenizer is None else tokenizer
-    quantize_blocks_(model, load_tokenizer(model, config, tokenizer), config)
+    options = known_options(model) | (options or {})
+    quantize_blocks_(model, tokenizer_for(model, config, tokenizer, options), config)
     if config.embedding_bits == 8:
         quantize_embeddings_(model)
     return _recorded_config(model, config)
+
+
+def _check_plain(model: Any) -> None:
+    """Raises ValueError if a model is not transformers' own class, or has adapters."""
+    peft = sys.modules.get("peft")  # who has not imported it has no adapters
+    kinds = () if peft is None else (peft.PeftModel, peft.tuners.tuners_utils.BaseTunerLayer)
+    if isinstance(model, nn.Module) and any(isinstance(module, kinds) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has PEFT adapters, which would be quantized too; merge them first: "
+            "model = model.merge_and_unload()."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"quantize_model takes a transformers model, got {type(model).__name__}; give the model that is inside."
+        )
+
+
+def _nothing_to_quantize(model: nn.Module, skipped: dict[str, str]) -> str:
+    """Returns a sentence on why no layer can be quantized.
+
+    Args:
+        model: has the layers.
+        skipped: why each is left dense, by name.
+    """
+    counts = Counter(skipped.values())
+    examples = {why: name for name, why in reversed(skipped.items())}
+    told = "; ".join(f"{counts[why]} such as {examples[why]}, because {why}" for why, _ in counts.most_common(3))
+    if not told:
+        return f"{type(model).__name__} has no layer to quantize; its blocks have no linear layers."
+    check = "check modules_to_not_convert: " if any("modules_to_not_convert" in why for why in counts) else ""
+    return (
+        f"{type(model).__name__} has no layer to quantize; {check}its linear layers stay dense, {told}. "
+        "Codes are for groups of in_group_size (4, 8 or 16) input channels."
+    )
 
 
 def _recorded_config(model: nn.Module, config: CRVQConfig) -> CRVQConfig:

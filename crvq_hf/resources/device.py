@@ -1,9 +1,9 @@
 """Where to compute, in which precision, and how much memory it took."""
 
-import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
 
+import psutil
 import torch
 
 
@@ -39,5 +39,10 @@ def mixed_precision(device: torch.device, bfloat16: bool) -> AbstractContextMana
 
 def peak_memory_bytes() -> int:
     """Returns the most resident memory this process has held, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows, which keeps count itself
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

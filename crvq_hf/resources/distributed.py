@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
+
+from .memory import available_memory_bytes
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ def free_memory_bytes(device: torch.device | str = "cpu") -> int:
     """Returns this process's share of the memory nothing uses, in bytes: all of its GPU's, a part of the CPU's."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // local_size()
+    return available_memory_bytes() // local_size()
 
 
 @contextmanager

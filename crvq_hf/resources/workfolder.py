@@ -19,6 +19,7 @@ from torch import Tensor
 from . import distributed
 
 FINGERPRINT = "fingerprint.json"
+FINISHED = "finished"  # saved under this name when there is nothing left to do
 
 
 class WorkFolder:
@@ -37,7 +38,8 @@ class WorkFolder:
             fingerprint: JSON-able values by name; everything the result depends on.
 
         Raises:
-            ValueError: the folder belongs to a run with another fingerprint, holds something else, or is in use.
+            ValueError: the folder belongs to a run with another fingerprint, holds something else, is in use, or
+                cannot be written in.
         """
         self.path = Path(path)
         self._lock = FileLock(self.path / ".lock")
@@ -49,13 +51,16 @@ class WorkFolder:
         if self.path.is_dir() and not (self.path / FINGERPRINT).exists():
             if any(p.name != ".lock" and not p.name.endswith(".tmp") for p in self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and not a work folder; name another with work_dir.")
-        self.path.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
+            raise ValueError(_in_use(self.path)) from None
+        except OSError as error:
             raise ValueError(
-                f"The work folder {self.path} is in use by another process; wait or name another."
-            ) from None
+                f"The work folder {self.path} cannot be written in ({error.strerror}); name a folder elsewhere with "
+                "work_dir."
+            ) from error
         try:
             self._compare(fingerprint)
         except BaseException:
@@ -115,6 +120,14 @@ class WorkFolder:
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}); delete it to compute it again.") from error
 
+    def finish(self) -> None:
+        """Notes that there is nothing left to do: whoever clears up may remove the folder."""
+        self.save(FINISHED, {})
+
+    def nbytes(self) -> int:
+        """Returns how much the folder takes of the disk."""
+        return folder_bytes(self.path)
+
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns a tensor of zeros that lives in a file of this folder instead of in memory.
 
@@ -132,7 +145,8 @@ class WorkFolder:
         temporary = self.path / f"scratch{distributed.rank()}.tmp"
         temporary.unlink(missing_ok=True)
         tensor = torch.from_file(str(temporary), shared=True, size=math.prod(shape), dtype=dtype)
-        temporary.unlink()  # what is mapped stays until it is let go
+        with contextlib.suppress(PermissionError):  # Windows, which keeps what is mapped
+            temporary.unlink()  # what is mapped stays until it is let go
         return tensor.view(shape)
 
     def _file(self, name: str) -> Path:
@@ -161,6 +175,37 @@ class WorkFolder:
             raise
 
 
+def _in_use(path: Path) -> str:
+    """Returns a sentence on a work folder that another process has, which may be one of this run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and distributed.world_size() == 1:
+        return (
+            f"The work folder {path} is in use by another process: {os.environ['WORLD_SIZE']} were started, but they "
+            "do not work together; put `with crvq_hf.together():` around what quantizes."
+        )
+    return f"The work folder {path} is in use by another process; wait or name another."
+
+
+def work_folders(parent: Path) -> list[Path]:
+    """Returns the work folders in a folder, by name."""
+    return sorted(file.parent for file in parent.glob(f"*/{FINGERPRINT}"))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Returns how much the files of a folder take, in bytes."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def state_of(folder: Path) -> str:
+    """Returns whether a work folder is "in use", "finished" or "unfinished", or "closed" to this user."""
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return FINISHED if (folder / f"{FINISHED}.safetensors").exists() else f"un{FINISHED}"
+    except Timeout:
+        return "in use"
+    except OSError:
+        return "closed"
+
+
 def is_work_folder(path: Path) -> bool:
     """Returns whether a folder is a work folder, or an empty one."""
     return path.is_dir() and ((path / FINGERPRINT).is_file() or not any(path.iterdir()))
@@ -181,12 +226,17 @@ def remove_folder(folder: Path, last: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk and so survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Waits until a file, or the names in a folder, are on the disk and so survive a power cut, where that can be."""
+    try:
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # Windows opens no folders
+            return
+        raise
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot do this
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # a file system that cannot do this
             raise
     finally:
         os.close(descriptor)

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..checkpoint.sources import known_options, load_tokenizer
 from ..modeling.linear import CRVQLinear
 from .card import model_card
 from .report import PICTURE, REPORT, command_of, read_quantized, write_report
@@ -114,7 +115,7 @@ def push_model(
     tags = [tags] if isinstance(tags, str) else tags or []
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        tokenizer = _tokenizer_of(model.name_or_path) if tokenizer is None else tokenizer
+        tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         report = _report_of(model)
@@ -192,10 +193,11 @@ def _licence_on_hub(model: str | None, token: str | bool | None) -> dict[str, st
         return None
 
 
-def _tokenizer_of(source: str) -> Any:
-    """Returns the tokenizer of the model at `source`, None if it has none."""
+def _tokenizer_of(model: PreTrainedModel) -> Any:
+    """Returns the tokenizer that came with `model`, None if none did."""
+    source = model.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(source) if source else None
+        return load_tokenizer(source, source, known_options(model)) if source else None
     except (OSError, ValueError, KeyError):
         return None
 

@@ -41,10 +41,13 @@ def command_digest(command: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(command, sort_keys=True).encode()).hexdigest()
 
 
-def command_of(source: str, gguf_file: str | None, config: CRVQConfig) -> dict[str, Any]:
+def command_of(
+    source: str, gguf_file: str | None, config: CRVQConfig, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Returns what a report keeps as its `command`, still with the user's own paths."""
     model = os.path.abspath(source) if os.path.isdir(source) else source
-    return {"model": model, "gguf_file": gguf_file, "config": config.to_dict()}
+    command = {"model": model, "gguf_file": gguf_file, "config": config.to_dict()}
+    return command | ({"options": options} if options else {})
 
 
 def shareable(report: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +131,7 @@ def read_quantized(folder: Path) -> tuple[CheckpointInfo, dict[str, Any] | None]
     Raises:
         ValueError: there is no complete CRVQ checkpoint, or the report is damaged or of another one.
     """
-    unfinished = any(folder.with_name(f"{folder.name}{end}").is_dir() for end in (".work", ".tmp"))
+    unfinished = any(Path(f"{folder.resolve()}{end}").is_dir() for end in (".work", ".tmp"))
     if (folder / UNFINISHED).exists() or (not folder.exists() and unfinished):
         raise ValueError(f"{folder} is not finished; run the same crvq quantize command again to finish it.")
     if not folder.is_dir():
@@ -177,6 +180,8 @@ def command_line(report: dict[str, Any]) -> str | None:
     words = ["crvq", "quantize", command["model"], "OUT"]
     if command["gguf_file"]:
         words += ["--gguf-file", command["gguf_file"]]
+    for name, value in command.get("options", {}).items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     for name, value in command["config"].items():
         if name in FIELDS and name != "format_version" and value != FIELDS[name].default:  # it follows from the others
             values = value if isinstance(value, list) else ["none" if value is None else str(value)]

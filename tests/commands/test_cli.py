@@ -225,13 +225,17 @@ def test_every_field_is_an_option_with_its_default_and_help(capsys):
 def test_options_reach_the_config(options, fields, monkeypatch):
     given = []
 
-    def record(source, out, config, gguf_file):
-        given.append((source, out, config, gguf_file))
+    def record(source, out, config, gguf_file, loading):
+        given.append((source, out, config, gguf_file, loading))
         raise ValueError("that is all")
 
     monkeypatch.setattr(quantize, "convert", record)
+    places = ["--revision", "v2", "--subfolder", "sub", "--trust-remote-code"]
     assert main(["quantize", "model", "out", *options, "--gguf-file", "m.gguf"]) == 2
-    assert given == [("model", "out", CRVQConfig(**fields), "m.gguf")]
+    assert main(["quantize", "model", "out", *options, *places]) == 2
+    loading = {"revision": "v2", "subfolder": "sub", "trust_remote_code": True}
+    config = CRVQConfig(**fields)
+    assert given == [("model", "out", config, "m.gguf", {}), ("model", "out", config, None, loading)]
 
 
 # Errors
@@ -385,9 +389,9 @@ def test_a_work_folder_can_be_named(dense, tmp_path, monkeypatch):
     used = []
     quantize_model = convert.quantize_model
 
-    def record(model, tokenizer, config):
+    def record(model, tokenizer, config, options):
         used.append(config.work_dir)
-        return quantize_model(model, tokenizer, config)
+        return quantize_model(model, tokenizer, config, options)
 
     monkeypatch.setattr(convert, "quantize_model", record)
     assert main(command(dense, tmp_path / "out", "--work-dir", str(tmp_path / "elsewhere"))) == 0

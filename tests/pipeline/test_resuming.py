@@ -160,6 +160,41 @@ def test_a_changed_model_or_text_is_refused_by_name(quantize, tmp_path):
     quantize(tiny_model(), **fields)
 
 
+def test_whatever_decides_the_result_is_in_the_fingerprint(quantize):
+    """Any weight, any saved buffer, the model's config and the tokenizer's vocabulary."""
+    fields = OFF | {"dataset": [TEXT]}
+    quantize(tiny_model(), tokenizer=tiny_tokenizer(), **fields)
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[31, 63] += 1e-3
+    with pytest.raises(ValueError, match=r"another run \(weights: "):
+        quantize(model, tokenizer=tiny_tokenizer(), **fields)
+    model = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    with pytest.raises(ValueError, match=r"another run \(model\.config\.rope_parameters: .* 10000.* then, .* 100\."):
+        quantize(model, tokenizer=tiny_tokenizer(), **fields)
+    model = tiny_model()
+    model.register_buffer("router_bias", torch.ones(3))
+    with pytest.raises(ValueError, match=r"another run \(weights: "):
+        quantize(model, tokenizer=tiny_tokenizer(), **fields)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["wizards"])
+    with pytest.raises(ValueError, match=r"another run \(vocabulary: "):
+        quantize(tiny_model(), tokenizer=tokenizer, **fields)
+
+
+def test_what_decides_nothing_is_not_in_the_fingerprint():
+    """Where a model came from, by which path it is quantized, numbers that are none."""
+    config = CRVQConfig(dataset=None)
+    model = tiny_model()
+    before = run_fingerprint(model, None, config)
+    model.config.name_or_path, model.config.transformers_version = "elsewhere", "5.0"
+    model.config.quantization_config, model.config._is_quantized = config, True
+    assert run_fingerprint(model, None, config) == before
+    model.config.odd = [float("nan"), object()]
+    first, again = (json.dumps(run_fingerprint(model, None, config)) for _ in range(2))
+    assert first == again and "0x" not in first and "NaN" not in first
+
+
 def test_the_fingerprint_does_not_hold_the_text():
     config = CRVQConfig(dataset=["a secret"], tokenizer="some/where", work_dir="there", device="cpu")
     fingerprint = run_fingerprint(make("llama"), None, config)

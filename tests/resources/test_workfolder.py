@@ -213,3 +213,33 @@ def test_scratch_lives_on_the_disk_and_leaves_nothing(path):
         assert files(path) == {"fingerprint.json"}
         with pytest.raises(ValueError, match=r"do not fit on the disk .*lower e2e_nsamples or seqlen"):
             work.scratch((1 << 60,), torch.float32)
+
+
+# Where it is, and for how long
+
+
+def test_a_folder_that_cannot_be_written_in_is_told_before_the_work(path, monkeypatch):
+    def refuse(self, *args, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(workfolder.Path, "mkdir", refuse)
+    with pytest.raises(ValueError, match=r"cannot be written in \(Permission denied\); name a folder elsewhere"):
+        WorkFolder(path, PRINT)
+
+
+def test_processes_that_do_not_work_together_are_told_how(path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with WorkFolder(path, PRINT):
+        with pytest.raises(ValueError, match=r"2 were started, .* put `with crvq_hf\.together\(\):` around"):
+            WorkFolder(path, PRINT)
+
+
+def test_what_is_finished_is_known(path):
+    with WorkFolder(path, PRINT) as work:
+        work.save("block", {"a": torch.zeros(1000)})
+        assert workfolder.state_of(path) == "in use" and work.nbytes() > 4000
+    assert workfolder.state_of(path) == "unfinished" and workfolder.work_folders(path.parent) == [path]
+    with WorkFolder(path, PRINT) as work:
+        work.finish()
+    assert workfolder.state_of(path) == "finished"
+    assert workfolder.work_folders(path / "nothing") == []
