@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -42,150 +39,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, lists[name]
 
 
-class _Done(Exception):
+class Done(Exception):
     """Ends a forward pass of which everything of interest has been seen."""
-
-
-def hidden_of(output: Any) -> Tensor:
-    """Returns the hidden states `[batch, seqlen, hidden_size]` of a block's output, which may be a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def to_device(value: Any, device: torch.device | str) -> Any:
-    """Returns `value` with every tensor in it (in tuples, lists and dicts) on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(to_device(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return value
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Returns whether two arguments are equal: tensors and plain values by value, other objects by their class."""
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
-    if isinstance(one, (bool, int, float, str)):
-        return one == other
-    return type(one) is type(other)
-
-
-@contextmanager
-def _replaced_forwards(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
-    """Runs the model with `forwards` in place of those its blocks have."""
-    replaced = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for block, forward in zip(blocks, forwards, strict=True):
-            block.forward = forward
-        yield
-    finally:
-        for block, forward in zip(blocks, replaced, strict=True):
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.forward = forward
-
-
-class BlockRunner:
-    """Runs the blocks of a model one at a time, on hidden states that are kept elsewhere.
-
-    What a model hands to its blocks beside the hidden states (rotary embeddings, masks) depends on the block and on
-    the shape of the batch, not on the text, so it is recorded once per shape.
-
-    Attributes:
-        blocks: the decoder blocks, in order.
-    """
-
-    def __init__(self, model: nn.Module):
-        """Args: model: a causal language model in eval mode."""
-        self.model = model
-        self.blocks = find_blocks(model)[1]
-        self._arguments: dict[tuple[int, ...], list[tuple[tuple, dict[str, Any]]]] = {}
-        self._returns_tuple: bool | None = None
-
-    @torch.no_grad()
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Returns what the first block receives, `[batch, seqlen, hidden_size]`, and records the other arguments.
-
-        Args:
-            tokens: `[batch, seqlen]`, int64.
-
-        Raises:
-            ValueError: the other arguments differ from those for an earlier batch of this shape.
-        """
-        arguments: list[tuple[tuple, dict[str, Any]]] = [((), {})] * len(self.blocks)
-        embedded: list[Tensor] = []
-
-        def recorder(index: int) -> Callable[..., Any]:
-            block_forward = self.blocks[index].forward
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = args[0] if args else kwargs.pop("hidden_states")
-                arguments[index] = (args[1:], kwargs)
-                if index == 0:
-                    embedded.append(hidden)
-                    if self._returns_tuple is None:  # some architectures' blocks return a tuple: ask one of them
-                        first = block_forward(hidden, *args[1:], **kwargs)
-                        self._returns_tuple = isinstance(first, tuple)
-                if index == len(self.blocks) - 1:
-                    raise _Done
-                return (hidden,) if self._returns_tuple else hidden
-
-            return forward
-
-        with _replaced_forwards(self.blocks, [recorder(i) for i in range(len(self.blocks))]):
-            try:
-                self.model(input_ids=tokens.to(self.model.device), use_cache=False)
-            except _Done:
-                pass
-        known = self._arguments.setdefault(tuple(tokens.shape), arguments)
-        if known is not arguments and not _equal(known, arguments):
-            raise ValueError(
-                f"The blocks of {type(self.model).__name__} are given something that depends on the text beside the "
-                "hidden states, which block-by-block calibration does not support; use dataset=None."
-            )
-        return embedded[0]
-
-    def run(self, index: int, hidden: Tensor, device: torch.device | str) -> Tensor:
-        """Returns the output of block `index`, `[batch, seqlen, hidden_size]`, on `device`.
-
-        Args:
-            index: which block; it must be on `device`.
-            hidden: `[batch, seqlen, hidden_size]`.
-            device: where the block is.
-        """
-        shape = tuple(hidden.shape[:2])
-        if shape not in self._arguments:
-            self.embed(torch.zeros(shape, dtype=torch.int64))
-        args, kwargs = to_device(self._arguments[shape][index], device)
-        return hidden_of(self.blocks[index](hidden.to(device), *args, **kwargs))
-
-    @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """While inside, autograd keeps the inputs of blocks only, and each is run again when its gradient is due."""
-        forwards = [partial(checkpoint, block.forward, use_reentrant=False) for block in self.blocks]
-        with _replaced_forwards(self.blocks, forwards):
-            yield
-
-    @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Returns the logits `[batch, seqlen, vocab_size]` the model makes of its last block's output.
-
-        `embed` must have been called before.
-
-        Args:
-            hidden: `[batch, seqlen, hidden_size]`, output of the last block.
-        """
-        forwards = [
-            lambda states, *args, **kwargs: (states,) if self._returns_tuple else states for _ in self.blocks[:-1]
-        ] + [lambda *args, **kwargs: (hidden,) if self._returns_tuple else hidden]
-        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.model.device)
-        with _replaced_forwards(self.blocks, forwards):
-            return self.model(input_ids=tokens, use_cache=False).logits
 
 
 @torch.no_grad()
@@ -257,7 +112,7 @@ def for_each_input(
             see(name, args[0])
             waiting.discard(name)
             if not waiting:
-                raise _Done
+                raise Done
 
         return watch
 
@@ -267,7 +122,7 @@ def for_each_input(
             waiting.update(names)
             try:
                 forward()
-            except _Done:
+            except Done:
                 pass
             waiting.clear()
     finally:

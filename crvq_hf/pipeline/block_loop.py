@@ -9,6 +9,7 @@ layers of a stage. All have the same blocks, those that one process alone would 
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from ..config import CRVQConfig
-from ..modeling.blocks import BlockRunner, find_blocks, kind_of
+from ..modeling.blocks import find_blocks, kind_of
 from ..modeling.linear import CRVQLinear
+from ..modeling.rehearsal import rehearse
 from ..modeling.replace import quantizable_linears, unmatched_patterns
+from ..modeling.runner import BlockRunner, State
 from ..resources import distributed
 from ..resources.device import compute_device, has_fast_bfloat16, peak_memory_bytes
 from ..resources.workfolder import WorkFolder
@@ -28,7 +31,7 @@ from .calibration import calibration_tokens
 from .fingerprint import default_work_dir, run_fingerprint
 from .quantize_block import quantize_block_
 from .run import Run, check_finite
-from .streams import batches, embed, share, steps
+from .streams import Stream, share, start_streams
 
 logger = logging.getLogger("crvq")
 
@@ -65,11 +68,14 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
     prefixes = [f"{blocks_name}.{i}." for i in range(len(blocks))]
     by_block = [[n.removeprefix(p) for n in linears if n.startswith(p)] for p in prefixes]
     _check_weights(linears)
+    runner = None if config.dataset is None else rehearse(model)
     fingerprint = run_fingerprint(model, tokenizer, config)
+    if runner is not None:
+        _tell_what_is_left_out(runner, blocks_name)
     with WorkFolder(config.work_dir or default_work_dir(fingerprint), fingerprint) as work:
         logger.info("Finished blocks are kept in %s.", work.path)
         bfloat16 = _precision(work, device)
-        run = Run(model, config, device, bfloat16, by_block, blocks_name, blocks, work)
+        run = Run(model, config, device, bfloat16, by_block, blocks_name, blocks, work, runner)
         start = time.perf_counter()
         tokens = _calibration(run, tokenizer)
         run.timed("calibration", start)
@@ -82,8 +88,7 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
 
 def _quantize(run: Run, tokens: Tensor | None) -> dict[str, Any]:
     """Quantizes all blocks, then fine-tunes end to end; returns the report."""
-    run.runner = None if tokens is None else BlockRunner(run.model)
-    full, quantized = (None, None) if tokens is None else embed(run.runner, tokens, run.config, run.work)
+    full, quantized = (None, None) if tokens is None else start_streams(run.runner, tokens, run.config, run.work)
     activation_bytes = sum(distributed.gather(0 if full is None else full.nbytes + quantized.nbytes))
     finished = sum(run.work.has(_block_file(index)) for index in range(len(run.blocks)))
     if finished:
@@ -98,11 +103,10 @@ def _quantize(run: Run, tokens: Tensor | None) -> dict[str, Any]:
         bar.set_postfix_str(f"{_bits(run):.3f} bits")
     del quantized
     losses, e2e_tokens = None, 0
-    if tokens is not None and run.config.e2e_finetune_epochs:
+    if tokens is not None and run.config.e2e_finetune_epochs and run.runner.has_head:
         chosen = tokens[: run.config.e2e_nsamples or None]
         e2e_tokens = chosen.numel()
-        own = share(chosen)
-        losses = _finetune_end_to_end(run, own, full[: len(own)])
+        losses = _finetune_end_to_end(run, full.steps(len(share(chosen))))
     return {
         "bits_per_weight": _bits(run),
         "layers": run.layers,
@@ -113,6 +117,17 @@ def _quantize(run: Run, tokens: Tensor | None) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         "e2e_loss": losses,
     }
+
+
+def _tell_what_is_left_out(runner: BlockRunner, blocks_name: str) -> None:
+    """Logs which steps a model has no use for."""
+    unseen = sorted({*range(len(runner.blocks))} - {*runner.order})
+    if unseen:
+        which = ", ".join(f"{blocks_name}.{index}" for index in unseen)
+        logger.warning("No text reaches %s: quantized on weights alone, without calibration.", which)
+    if not runner.has_head:
+        kind = type(runner.model).__name__
+        logger.warning("%s has no language model head: there is no end-to-end fine-tuning.", kind)
 
 
 def _block_file(index: int) -> str:
@@ -136,17 +151,19 @@ def _bits(run: Run) -> float:
     return sum(8 * layer.quantized_weight().nbytes for layer in layers) / max(1, weights)
 
 
-def _advance(run: Run, index: int, full: Tensor | None, quantized: Tensor | None) -> None:
+def _advance(run: Run, index: int, full: Stream | None, quantized: Stream | None) -> None:
     """Quantizes one block, or takes it from the work folder, and moves both streams past it, in place."""
     block, name = run.blocks[index], _block_file(index)
     home = next(block.parameters()).device
     dtypes = dtypes_of(block)
     block.to(run.device, torch.float32)
+    if full is not None and index not in run.runner.order:
+        full = quantized = None  # text does not come here
     if full is not None:
         _move_stream(run, index, full)
     saved = run.work.load(name)
     if saved is None:
-        quantize_block_(run, index, quantized, full if full is None else full[: len(quantized)])
+        quantize_block_(run, index, quantized, full)
         restore_dtypes_(block, dtypes)
         lines = {key: run.layers[f"{run.blocks_name}.{index}.{key}"] for key in run.linears[index]}
         run.work.save(name, tunable_state(block), {"layers": lines, "seconds": run.seconds})
@@ -164,16 +181,16 @@ def _advance(run: Run, index: int, full: Tensor | None, quantized: Tensor | None
 
 
 @torch.no_grad()
-def _move_stream(run: Run, index: int, stream: Tensor) -> None:
-    """Overwrites hidden states before block `index` with those after it."""
+def _move_stream(run: Run, index: int, stream: Stream) -> None:
+    """Moves a stream past block `index`."""
     start = time.perf_counter()
-    for hidden in batches(stream):
-        hidden.copy_(run.run_block(index, hidden))
-    check_finite(stream, f"{run.blocks_name}.{index}", "output")
+    stream.move(index, partial(run.call_block, index))
+    if stream.hidden is not None:
+        check_finite(stream.hidden, f"{run.blocks_name}.{index}", "output")
     run.timed("running blocks", start)
 
 
-def _finetune_end_to_end(run: Run, tokens: Tensor, hidden: Tensor) -> dict[str, float]:
+def _finetune_end_to_end(run: Run, states: list[State]) -> dict[str, float]:
     """Tunes the whole model on the compute device; returns first and last loss."""
     home = next(run.model.parameters()).device
     dtypes = dtypes_of(run.model)
@@ -181,8 +198,7 @@ def _finetune_end_to_end(run: Run, tokens: Tensor, hidden: Tensor) -> dict[str, 
         module.to(run.device, torch.float32)
     losses, run.seconds["end-to-end fine-tuning"] = finetune_end_to_end_(
         run.runner,
-        steps(tokens),
-        steps(hidden),
+        states,
         epochs=run.config.e2e_finetune_epochs,
         peak=E2E_LEARNING_RATE,
         seed=run.config.seed,

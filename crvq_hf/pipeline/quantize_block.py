@@ -19,14 +19,14 @@ from ..resources import distributed
 from ..tuning.block import finetune_block_
 from .block_state import load_block_
 from .run import Run, check_finite
-from .streams import batches, steps
+from .streams import Stream
 
 logger = logging.getLogger("crvq")
 
 LEARNING_RATE = 8e-3  # found by measurement on SmolLM2-135M (benchmarks/LOG.md)
 
 
-def quantize_block_(run: Run, index: int, inputs: Tensor | None, targets: Tensor | None) -> None:
+def quantize_block_(run: Run, index: int, inputs: Stream | None, targets: Stream | None) -> None:
     """Quantizes the linears of a block stage by stage, each on what the quantized ones before it leave.
 
     After each stage the block is tuned: what is quantized in its codebooks, scales and norms, what is not yet in its
@@ -35,8 +35,8 @@ def quantize_block_(run: Run, index: int, inputs: Tensor | None, targets: Tensor
     Args:
         run: the run.
         index: which block.
-        inputs: what the quantized blocks before it hand on, `[nsamples, seqlen, hidden_size]`; None: weights only.
-        targets: the full-precision model's hidden states after it, for as many sequences.
+        inputs: `nsamples` sequences past the quantized blocks before it; None: weights only.
+        targets: these sequences, and maybe more, past the block in full precision.
     """
     block, names = run.blocks[index], run.linears[index]
     if inputs is None:
@@ -48,7 +48,9 @@ def quantize_block_(run: Run, index: int, inputs: Tensor | None, targets: Tensor
         return
     if not names:
         return
-    stages, energies = distributed.first(lambda: survey(block, names, partial(run.run_block, index, inputs[:1])))
+    stages, energies = distributed.first(
+        lambda: survey(block, names, partial(run.run_block, index, inputs.part(0, 1)))
+    )
     for number, stage in enumerate(stages):
         if number:  # what is still dense makes up for what is not any more
             later = [name for others in stages[number:] for group in others for name in group]
@@ -61,16 +63,16 @@ def quantize_block_(run: Run, index: int, inputs: Tensor | None, targets: Tensor
     _finetune_block(run, index, inputs, targets)
 
 
-def _finetune_block(run: Run, index: int, inputs: Tensor, targets: Tensor, dense: Sequence[str] = ()) -> None:
+def _finetune_block(run: Run, index: int, inputs: Stream, targets: Stream, dense: Sequence[str] = ()) -> None:
     """Tunes what is continuous in a block, and the weights of its linears in `dense`, towards `targets`."""
     if not run.config.block_finetune_epochs:
         return
     start = time.perf_counter()
     finetune_block_(
         run.blocks[index],
-        lambda hidden: run.run_block(index, hidden),
-        steps(inputs),
-        steps(targets),
+        lambda state: run.run_block(index, state),
+        inputs.steps(),
+        [state.hidden if len(state) else state.tokens for state in targets.steps(len(inputs))],
         epochs=run.config.block_finetune_epochs,
         peak=LEARNING_RATE,
         seed=run.config.seed + index,
@@ -118,20 +120,20 @@ def _exchange_linears(run: Run, index: int, names: list[str], mine: set[str]) ->
     run.layers.update({full_names[name]: found[name][1] for name in names})
 
 
-def _hessians(run: Run, index: int, names: list[str], inputs: Tensor, energy: float) -> dict[str, HessianAccumulator]:
+def _hessians(run: Run, index: int, names: list[str], inputs: Stream, energy: float) -> dict[str, HessianAccumulator]:
     """Returns the Hessians of some linears of a block, by name, over the inputs in all processes.
 
     Args:
         run: the run.
         index: which block.
         names: of the linears.
-        inputs: see `_quantize_block`.
+        inputs: see `quantize_block_`.
         energy: see `HessianAccumulator`.
     """
     block = run.blocks[index]
     sizes = {name: linear_size(block.get_submodule(name))[0] for name in names}
     hessians = {name: HessianAccumulator(size, energy, run.device) for name, size in sizes.items()}
-    forwards = (partial(run.run_block, index, hidden) for hidden in batches(inputs))
+    forwards = (partial(run.run_block, index, state) for state in inputs.states)
     for_each_input(block, names, lambda name, x: hessians[name].add(x), forwards)
     rows = distributed.gather({name: hessian.rows for name, hessian in hessians.items()})
     for name, hessian in hessians.items():
