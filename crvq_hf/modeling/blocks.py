@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Returns the name and the list of the model's decoder blocks.
 
-    Optimum's patterns know the common architectures; any other model is taken to keep its blocks in the `ModuleList`
-    that holds the most parameters.
+    They are looked for in the text decoder of a model that has other parts too. Optimum's patterns know the common
+    architectures; any other model is taken to keep its blocks in the `ModuleList` that holds the most parameters.
 
     Raises:
         ValueError: the model is an encoder-decoder, or has no list of blocks.
@@ -26,10 +27,16 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{kind} is an encoder-decoder model; crvq quantizes decoder-only models, such as Llama or Qwen."
         )
     lists = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        name: module for name, module in _text_modules(model) if isinstance(module, nn.ModuleList) and len(module)
     }
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    prefix = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
+    if prefix and any(name.startswith(prefix) for name in lists):
+        lists = {name: module for name, module in lists.items() if name.startswith(prefix)}
+    else:
+        decoder, prefix = model, ""
     try:
-        name = get_block_name_with_pattern(model)
+        name = prefix + get_block_name_with_pattern(decoder)
     except ValueError:  # an architecture that optimum does not know
         name = ""
     if name not in lists:  # also where optimum took a prefix of some other name for a match
@@ -37,6 +44,16 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not name:
         raise ValueError(f"{kind} has no list of decoder blocks (an nn.ModuleList), so crvq cannot quantize it.")
     return name, lists[name]
+
+
+def _text_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules of a model by name, but none of models inside of it that read images or sound."""
+    for name, child in model.named_children():
+        if hasattr(child, "main_input_name") and child.main_input_name != "input_ids":
+            if not any(getattr(part, "main_input_name", None) == "input_ids" for part in child.modules()):
+                continue
+        yield f"{prefix}{name}", child
+        yield from _text_modules(child, f"{prefix}{name}.")
 
 
 class Done(Exception):
@@ -50,7 +67,7 @@ def linear_stages(block: nn.Module, names: list[str], forward: Callable[[], Any]
     The linears of a group read the same tensor and share one Hessian (q, k and v; gate and up). A stage holds the
     groups that are quantized before the block is run again: linears of the same kind (their name but for numbers, so
     all experts' `down_proj`) and all that share an input with one of these. Linears that one run does not reach (an
-    expert without tokens) join the stage of their kind, each in a group of its own.
+    expert without tokens) join the stage of their kind, each in a group of its own, as do those used more than once.
 
     Args:
         block: the block.
@@ -71,9 +88,10 @@ def linear_stages(block: nn.Module, names: list[str], forward: Callable[[], Any]
         for handle in handles:
             handle.remove()
     groups: dict[tuple, list[str]] = {}
+    uses = Counter(name for name, _ in order)
     for name, key in order:
         if not any(name in group for group in groups.values()):
-            groups.setdefault(key, []).append(name)
+            groups.setdefault(key if uses[name] == 1 else (name,), []).append(name)
     reached = [group for group in groups.values()] + [[n] for n in names if all(n != seen for seen, _ in order)]
     stages: list[tuple[set[str], list[list[str]]]] = []
     for group in reached:
@@ -95,7 +113,11 @@ def kind_of(name: str) -> str:
 
 @torch.no_grad()
 def for_each_input(
-    block: nn.Module, names: list[str], see: Callable[[str, Tensor], None], forwards: Iterator[Callable[[], Any]]
+    block: nn.Module,
+    names: list[str],
+    see: Callable[[str, Tensor], None],
+    forwards: Iterator[Callable[[], Any]],
+    repeated: Collection[str] = (),
 ) -> None:
     """Shows every input of some linears of a block, stopping each run once all of them have been seen.
 
@@ -104,13 +126,15 @@ def for_each_input(
         names: linears to watch.
         see: called with a linear's name and its input.
         forwards: each runs the block on one batch.
+        repeated: names of linears that a run may use more than once; it is not stopped if one of these is watched.
     """
     waiting: set[str] = set()
 
     def hook(name: str) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             see(name, args[0])
-            waiting.discard(name)
+            if name not in repeated:
+                waiting.discard(name)
             if not waiting:
                 raise Done
 
@@ -132,7 +156,7 @@ def for_each_input(
 
 def survey(
     block: nn.Module, names: list[str], forward: Callable[[], Any]
-) -> tuple[list[list[list[str]]], dict[str, float]]:
+) -> tuple[list[list[list[str]]], dict[str, float], set[str]]:
     """Returns what one run of a block tells about its linears.
 
     Args:
@@ -143,10 +167,16 @@ def survey(
     Returns:
         The stages to quantize them in, see `linear_stages`.
         For each linear that the sequence reaches, the largest sum of squares over a channel of its inputs.
+        The names of those that are used more than once.
     """
     energies: dict[str, float] = {}
+    repeated: set[str] = set()
 
     def see(name: str, x: Tensor) -> None:
-        energies[name] = float(x.float().flatten(0, -2).square().sum(0).max()) if x.numel() else 0.0
+        energy = float(x.float().flatten(0, -2).square().sum(0).max()) if x.numel() else 0.0
+        if name in energies:
+            repeated.add(name)
+        energies[name] = max(energy, energies.get(name, 0.0))
 
-    return linear_stages(block, names, lambda: for_each_input(block, names, see, iter([forward]))), energies
+    stages = linear_stages(block, names, lambda: for_each_input(block, names, see, iter([forward]), names))
+    return stages, energies, repeated

@@ -215,7 +215,8 @@ def _calibration(run: Run, tokenizer: Any) -> Tensor | None:
     saved = run.work.load("calibration")
     if saved is not None:
         return saved[0].get("tokens")
-    tokens = distributed.first(lambda: calibration_tokens(run.model, tokenizer, run.config))
+    model = run.model if run.runner is None else run.runner.model
+    tokens = distributed.first(lambda: calibration_tokens(model, tokenizer, run.config))
     run.work.save("calibration", {} if tokens is None else {"tokens": tokens})
     return tokens
 

@@ -48,7 +48,7 @@ def quantize_block_(run: Run, index: int, inputs: Stream | None, targets: Stream
         return
     if not names:
         return
-    stages, energies = distributed.first(
+    stages, energies, repeated = distributed.first(
         lambda: survey(block, names, partial(run.run_block, index, inputs.part(0, 1)))
     )
     for number, stage in enumerate(stages):
@@ -57,7 +57,7 @@ def quantize_block_(run: Run, index: int, inputs: Stream | None, targets: Stream
             _finetune_block(run, index, inputs, targets, later)
         start = time.perf_counter()
         energy = max(energies.get(name, 0.0) for group in stage for name in group)
-        hessians = _hessians(run, index, [group[0] for group in stage], inputs, energy)
+        hessians = _hessians(run, index, [group[0] for group in stage], inputs, energy, repeated)
         run.timed("hessians", start)
         _quantize_stage(run, index, stage, lambda name, found=hessians: found.pop(name).hessian())
     _finetune_block(run, index, inputs, targets)
@@ -120,7 +120,9 @@ def _exchange_linears(run: Run, index: int, names: list[str], mine: set[str]) ->
     run.layers.update({full_names[name]: found[name][1] for name in names})
 
 
-def _hessians(run: Run, index: int, names: list[str], inputs: Stream, energy: float) -> dict[str, HessianAccumulator]:
+def _hessians(
+    run: Run, index: int, names: list[str], inputs: Stream, energy: float, repeated: set[str]
+) -> dict[str, HessianAccumulator]:
     """Returns the Hessians of some linears of a block, by name, over the inputs in all processes.
 
     Args:
@@ -129,12 +131,13 @@ def _hessians(run: Run, index: int, names: list[str], inputs: Stream, energy: fl
         names: of the linears.
         inputs: see `quantize_block_`.
         energy: see `HessianAccumulator`.
+        repeated: see `for_each_input`.
     """
     block = run.blocks[index]
     sizes = {name: linear_size(block.get_submodule(name))[0] for name in names}
     hessians = {name: HessianAccumulator(size, energy, run.device) for name, size in sizes.items()}
     forwards = (partial(run.run_block, index, state) for state in inputs.states)
-    for_each_input(block, names, lambda name, x: hessians[name].add(x), forwards)
+    for_each_input(block, names, lambda name, x: hessians[name].add(x), forwards, repeated)
     rows = distributed.gather({name: hessian.rows for name, hessian in hessians.items()})
     for name, hessian in hessians.items():
         hessian.rows = sum(counts[name] for counts in rows)
