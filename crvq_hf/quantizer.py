@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from .checkpoint.loading import check_loaded, match_checkpoint
 from .checkpoint.metadata import metadata_of
 from .config import QUANT_METHOD, CRVQConfig
-from .modeling.blocks import find_blocks
+from .modeling.blocks import find_block_lists
 from .modeling.embedding import (
     Int8Embedding,
     Int8Head,
@@ -80,7 +80,7 @@ class CRVQQuantizer(HfQuantizer):
                 "start one process without tp_plan and tp_size, device_map='auto' gives each of its GPUs whole blocks."
             )
         if not self.pre_quantized:
-            find_blocks(model)
+            find_block_lists(model)
             return
         if checkpoint_files is None:  # a state dict was given, so there are no headers to ask
             unfuse_experts_to_quantize_(model, self.quantization_config)

@@ -16,6 +16,11 @@ FOUR_OF_TWO_KINDS = {
 MAMBA = {"mamba_d_state": 8, "mamba_expand": 2}
 EXPERTS = {"num_experts_per_tok": 2, "n_routed_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24}
 GPT = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+TWICE = {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 64} | {
+    f"{part}_{what}": number
+    for part in ("encoder", "decoder")
+    for what, number in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
+}
 LLAMA = "LlamaConfig", SIZES
 # Class, class of its config, fields of that.
 MODELS = {
@@ -91,6 +96,12 @@ MODELS = {
         SIZES | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "num_key_value_heads": 4},
     ),
     "an encoder": ("BertForMaskedLM", "BertConfig", SIZES),
+    "an encoder and its decoder": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    ),
+    "the same, positions learned": ("BartForConditionalGeneration", "BartConfig", TWICE),
     "pooled where padding begins": ("LlamaForSequenceClassification", *LLAMA),
     "no head": ("LlamaModel", *LLAMA),
 }
@@ -99,13 +110,21 @@ REFUSED = {
         "AlbertForMaskedLM",
         "AlbertConfig",
         SIZES | {"embedding_size": 16},
-        "AlbertForMaskedLM runs .* more than once",
+        "The blocks of AlbertForMaskedLM cannot .* runs .*albert_layer_groups.0 more than once",
     ),
     "layers that recur": (
         "HrmTextForCausalLM",
         "HrmTextConfig",
         SIZES,
-        "HrmTextForCausalLM runs .* more than once",
+        "The blocks of HrmTextForCausalLM cannot .* runs .* more than once",
+    ),
+    "sound": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        TWICE
+        | {"max_source_positions": 16, "max_target_positions": 64, "num_mel_bins": 8}
+        | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+        "WhisperForConditionalGeneration cannot be calibrated on text alone .it reads input_features.",
     ),
     "something kept beside the blocks": (
         "XLMWithLMHeadModel",
@@ -119,7 +138,10 @@ REFUSED = {
 def build(architecture: str, dtype: torch.dtype = torch.float32):
     """Returns a model of `MODELS` or `REFUSED`, with weights that are not small."""
     model, config, fields = (MODELS | REFUSED)[architecture][:3]
-    scale = {"initializer_range": 0.2} | ({"init_std": 0.2} if config in ("CpmAntConfig", "XLMConfig") else {})
+    other = {"CpmAntConfig", "XLMConfig", "BartConfig", "WhisperConfig"}
+    scale = {"init_std" if config in other else "initializer_range": 0.2}
+    if config == "T5Config":
+        scale = {"initializer_factor": 1.5}
     torch.manual_seed(0)
     made = getattr(transformers, config)(**fields | scale)
     built = getattr(transformers, model)._from_config(made, dtype=dtype).eval()

@@ -23,9 +23,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     kind = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{kind} is an encoder-decoder model; crvq quantizes decoder-only models, such as Llama or Qwen."
-        )
+        raise ValueError(f"{kind} is an encoder-decoder model and has two lists of blocks, where one is wanted.")
     lists = {
         name: module for name, module in _text_modules(model) if isinstance(module, nn.ModuleList) and len(module)
     }
@@ -40,10 +38,44 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     except ValueError:  # an architecture that optimum does not know
         name = ""
     if name not in lists:  # also where optimum took a prefix of some other name for a match
-        name = max(lists, key=lambda key: sum(p.numel() for p in lists[key].parameters()), default="")
+        name, _ = _largest_list(lists)
     if not name:
         raise ValueError(f"{kind} has no list of decoder blocks (an nn.ModuleList), so crvq cannot quantize it.")
     return name, lists[name]
+
+
+def find_block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Returns the lists of the model's blocks by name, in the order in which they are run.
+
+    That is one list for a decoder or an encoder, and two for an encoder with a decoder.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return dict([find_blocks(model)])
+    lists = {}
+    for part in (model.get_encoder(), model.get_decoder()):
+        prefix = next((name for name, module in model.named_modules() if module is part), "")
+        name, blocks = _largest_list(dict(part.named_modules()))
+        if not prefix or not name:
+            raise ValueError(
+                f"{type(model).__name__} is an encoder-decoder model whose lists of blocks crvq does not find."
+            )
+        lists[f"{prefix}.{name}"] = blocks
+    return lists
+
+
+def block_names(lists: dict[str, nn.ModuleList]) -> list[str]:
+    """Returns the names of all blocks in the order of the lists, see `find_block_lists`."""
+    return [f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))]
+
+
+def _largest_list(modules: dict[str, nn.Module]) -> tuple[str, nn.ModuleList | None]:
+    """Returns name and module of the `ModuleList` that holds the most parameters; an empty name if there is none."""
+    lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)}
+    name = max(lists, key=lambda key: sum(p.numel() for p in lists[key].parameters()), default="")
+    return name, lists.get(name)
 
 
 def _text_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .blocks import find_blocks
+from .blocks import block_names, find_block_lists
 from .runner import BlockRunner, Leaf, State, replaced_forwards, run_on_text
 from .trees import hidden_of, tensors_of
 
@@ -40,38 +40,42 @@ def rehearse(model: nn.Module) -> BlockRunner:
         ValueError: the model cannot be run on text alone, runs a block more than once, or hands on something from
             block to block that cannot be kept.
     """
-    kind, (name, blocks) = type(model).__name__, find_blocks(model)
-    text_model, records = _records(model, name, blocks)
+    kind, lists = type(model).__name__, find_block_lists(model)
+    names = block_names(lists)
+    blocks = nn.ModuleList(block for blocks in lists.values() for block in blocks)
+    text_model, records = _records(model, list(lists)[-1], blocks)
     order = records[0].order
     if any(record.order != order for record in records) or order != sorted(set(order)):
         again = next((index for position, index in enumerate(order) if index in order[:position]), None)
-        how = f"does not run {name} one after the other" if again is None else f"runs {name}.{again} more than once"
+        how = "does not run them one after the other" if again is None else f"runs {names[again]} more than once"
         raise ValueError(
-            f"{kind} {how} in one pass, so its blocks cannot be calibrated one by one; "
+            f"The blocks of {kind} cannot be calibrated one by one, it {how} in one pass; "
             "use dataset=None (weights only)."
         )
+    which = [number for number, blocks in enumerate(lists.values()) for _ in blocks]
+    names = [f"{kind}: {name}" for name in names]
     try:
-        return _rehearsed(BlockRunner(text_model, blocks, order, keeps_all=False), records, f"{kind}: {name}")
+        return _rehearsed(BlockRunner(text_model, blocks, which, order, keeps_all=False), records, names)
     except ValueError:  # later blocks do need what it did not keep
-        return _rehearsed(BlockRunner(text_model, blocks, order, keeps_all=True), records, f"{kind}: {name}")
+        return _rehearsed(BlockRunner(text_model, blocks, which, order, keeps_all=True), records, names)
 
 
-def _rehearsed(runner: BlockRunner, records: list[_Record], name: str) -> BlockRunner:
+def _rehearsed(runner: BlockRunner, records: list[_Record], names: list[str]) -> BlockRunner:
     """Returns `runner` with what running its blocks one by one tells about them, compared with `records`."""
     states = [State(record.tokens) for record in records]
     for number, index in enumerate(runner.order):
         for which, record in enumerate(records):
-            with _refusing(f"{name}.{index}"):
+            with _refusing(names[index]):
                 arguments = runner.arguments(index, states[which])
                 runner.call(index, arguments)
                 gave = runner.call(index, arguments)  # twice: the first has changed nothing
                 _compare(hidden_of(gave.output), record.outputs[number])
-                states[which] = states[which].then(gave)
-        with _refusing(f"{name}.{index}"):
+                states[which] = states[which].then(gave, runner.lists[index])
+        with _refusing(names[index]):
             runner.leaves[index] = _leaves(states[0], states[-1])
             _count_bytes(runner, states[0])
     for record, state in zip(records, states, strict=True):
-        with _refusing(f"{name}: the rest of the model"):
+        with _refusing(f"{names[0]} and the rest of it"):
             _compare(hidden_of(runner.output(state)), hidden_of(record.output))
     logits = getattr(records[0].output, "logits", None)
     head = runner.model.get_output_embeddings() if isinstance(runner.model, PreTrainedModel) else None
@@ -87,6 +91,8 @@ def _records(model: nn.Module, name: str, blocks: nn.ModuleList) -> tuple[nn.Mod
     """
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        around = [model]  # a decoder without its encoder sees something else
     problem: Exception | None = None
     for candidate in around:
         if candidate is not model and not isinstance(candidate, PreTrainedModel):
@@ -98,7 +104,11 @@ def _records(model: nn.Module, name: str, blocks: nn.ModuleList) -> tuple[nn.Mod
             continue
         if records[0].order:
             return candidate, records
-    why = f"its text does not reach the blocks {name}" if problem is None else _words(problem)
+    reads = getattr(model, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        why = f"it reads {reads}"
+    else:
+        why = f"its text does not reach {name}" if problem is None else _words(problem)
     raise ValueError(
         f"{type(model).__name__} cannot be calibrated on text alone ({why}); use dataset=None (weights only)."
     ) from problem
@@ -176,7 +186,7 @@ def _compare(found: Tensor, wanted: Tensor) -> None:
 def _leaves(two: State, three: State) -> list[Leaf]:
     """Returns the leaves of what a block gives, from what it gave for two and for three texts."""
     leaves = []
-    for one, other in zip(tensors_of(two.gave), tensors_of(three.gave), strict=True):
+    for one, other in zip(tensors_of(two.gaves), tensors_of(three.gaves), strict=True):
         differing = [dim for dim in range(one.dim()) if one.shape[dim] != other.shape[dim]]
         if one.dim() != other.dim() or len(differing) > 1:
             raise _Differs(f"shapes {tuple(one.shape)} and {tuple(other.shape)} for 2 and for 3 texts")
@@ -188,7 +198,7 @@ def _leaves(two: State, three: State) -> list[Leaf]:
 
 def _count_bytes(runner: BlockRunner, state: State) -> None:
     """Notes how many bytes per token a block gives."""
-    total = sum(tensor.nbytes for tensor in tensors_of(state.gave)) / state.tokens.numel()
+    total = sum(tensor.nbytes for tensor in tensors_of(state.gaves)) / state.tokens.numel()
     hidden = state.hidden.nbytes / state.tokens.numel()
     runner.hidden_bytes = max(runner.hidden_bytes, hidden)
     runner.other_bytes = max(runner.other_bytes, total - hidden)

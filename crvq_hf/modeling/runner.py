@@ -51,11 +51,12 @@ class State:
 
     Attributes:
         tokens: `[batch, seqlen]`, int64.
-        gave: what the last block gave for them; None before the first.
+        gaves: what the last block gave for them, of each list of blocks that they have entered: an encoder's, then its
+            decoder's.
     """
 
     tokens: Tensor
-    gave: Gave | None = None
+    gaves: tuple[Gave, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -63,13 +64,13 @@ class State:
     @property
     def hidden(self) -> Tensor:
         """The hidden states that the last block gave, most often `[batch, seqlen, hidden_size]`."""
-        return hidden_of(self.gave.output)
+        return hidden_of(self.gaves[-1].output)
 
-    def then(self, gave: Gave) -> State:
-        """Returns the state after another block, which has `gave` this."""
-        before = self.gave.shared if self.gave is not None else []
+    def then(self, gave: Gave, number: int = 0) -> State:
+        """Returns the state after another block, which is in list `number` and has given `gave`."""
+        before = self.gaves[number].shared if number < len(self.gaves) else []
         shared = [old | new for old, new in zip_longest(before, gave.shared, fillvalue={})]
-        return State(self.tokens, Gave(gave.output, shared))
+        return State(self.tokens, (*self.gaves[:number], Gave(gave.output, shared)))
 
     def part(self, start: int, stop: int, leaves: Sequence[Leaf]) -> State:
         """Returns the state of some of the texts, views.
@@ -77,7 +78,7 @@ class State:
         Args:
             start: the first.
             stop: after the last.
-            leaves: of what the last block gave.
+            leaves: of what the last blocks gave.
         """
         dims = iter(leaves)
 
@@ -88,15 +89,21 @@ class State:
             each = tensor.shape[dim] // len(self)
             return tensor.narrow(dim, start * each, (stop - start) * each)
 
-        return State(self.tokens[start:stop], map_tensors(self.gave, cut))
+        return State(self.tokens[start:stop], map_tensors(self.gaves, cut))
 
 
 def run_on_text(model: nn.Module, tokens: Tensor) -> Any:
-    """Returns the output of a model for `tokens`, `[batch, seqlen]`, without a cache."""
+    """Returns the output of a model for `tokens`, `[batch, seqlen]`, without a cache.
+
+    Encoder and decoder both read them.
+    """
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     options = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
-    return model(input_ids=tokens.to(next(model.parameters()).device), **options)
+    tokens = tokens.to(next(model.parameters()).device)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        options["decoder_input_ids"] = tokens
+    return model(input_ids=tokens, **options)
 
 
 @contextmanager
@@ -128,19 +135,23 @@ class BlockRunner:
 
     Attributes:
         model: what is run on text: the model, or the language model inside of it.
-        blocks: the decoder blocks.
+        blocks: of all lists.
+        lists: of each block, the number of its list.
         order: numbers of those that text reaches, in the order in which they are run.
         keeps_all: whether all tensors that a block returns are handed on, or the hidden states alone, None in place of
             the others (attention weights, say).
-        leaves: of what each of these gives, by its number.
+        leaves: of a state's `gaves` after each of these, by its number.
         hidden_bytes: of the hidden states that a block gives, per token.
         other_bytes: of all else that a block gives, per token, at most.
         has_head: whether the model makes logits over its vocabulary.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, order: Sequence[int], keeps_all: bool):
+    def __init__(
+        self, model: nn.Module, blocks: nn.ModuleList, lists: Sequence[int], order: Sequence[int], keeps_all: bool
+    ):
         """`rehearse` makes one and finds the attributes that are not given here."""
-        self.model, self.blocks, self.order, self.keeps_all = model, blocks, tuple(order), keeps_all
+        self.model, self.blocks, self.lists, self.order = model, blocks, tuple(lists), tuple(order)
+        self.keeps_all = keeps_all
         self.leaves: dict[int, list[Leaf]] = {}
         self.hidden_bytes = self.other_bytes = 0.0
         self.has_head = False
@@ -198,9 +209,9 @@ class BlockRunner:
         """
         stopped: list[Arguments] = []
         home = next(self.model.parameters()).device
-        gave = map_tensors(state.gave, lambda tensor: tensor.to(home))
+        gaves = map_tensors(state.gaves, lambda tensor: tensor.to(home))
 
-        def give(*args: Any, **kwargs: Any) -> Any:
+        def give(gave: Gave, *args: Any, **kwargs: Any) -> Any:
             for own, left in zip(_shared(args, kwargs), gave.shared, strict=False):
                 own.update(copy_containers(left))
             return copy_containers(gave.output)
@@ -209,7 +220,7 @@ class BlockRunner:
             stopped.append((args, kwargs))
             raise Done
 
-        forwards = dict.fromkeys(earlier, give) | ({} if index is None else {index: stop})
+        forwards = {i: partial(give, gaves[self.lists[i]]) for i in earlier} | ({} if index is None else {index: stop})
         with replaced_forwards(self.blocks, forwards):
             try:
                 return run_on_text(self.model, state.tokens)

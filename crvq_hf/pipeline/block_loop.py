@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from ..config import CRVQConfig
-from ..modeling.blocks import find_blocks, kind_of
+from ..modeling.blocks import block_names, find_block_lists, kind_of
 from ..modeling.linear import CRVQLinear
 from ..modeling.rehearsal import rehearse
 from ..modeling.replace import quantizable_linears, unmatched_patterns
@@ -57,7 +57,7 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
             another run, too little memory or disk for the activations.
     """
     device = compute_device(config.device)
-    blocks_name, blocks = find_blocks(model)
+    names = block_names(find_block_lists(model))
     linears, skipped = quantizable_linears(model, config)
     for pattern in unmatched_patterns(model, config):
         logger.warning("modules_to_not_convert: %r matches no module of %s.", pattern, type(model).__name__)
@@ -65,17 +65,17 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
         logger.warning("%s stays dense: %s.", name, reason)
     if not linears:
         raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
-    prefixes = [f"{blocks_name}.{i}." for i in range(len(blocks))]
-    by_block = [[n.removeprefix(p) for n in linears if n.startswith(p)] for p in prefixes]
+    by_block = [[n.removeprefix(f"{block}.") for n in linears if n.startswith(f"{block}.")] for block in names]
     _check_weights(linears)
     runner = None if config.dataset is None else rehearse(model)
     fingerprint = run_fingerprint(model, tokenizer, config)
     if runner is not None:
-        _tell_what_is_left_out(runner, blocks_name)
+        _tell_what_is_left_out(runner, names)
     with WorkFolder(config.work_dir or default_work_dir(fingerprint), fingerprint) as work:
         logger.info("Finished blocks are kept in %s.", work.path)
         bfloat16 = _precision(work, device)
-        run = Run(model, config, device, bfloat16, by_block, blocks_name, blocks, work, runner)
+        blocks = nn.ModuleList(model.get_submodule(name) for name in names)
+        run = Run(model, config, device, bfloat16, by_block, names, blocks, work, runner)
         start = time.perf_counter()
         tokens = _calibration(run, tokenizer)
         run.timed("calibration", start)
@@ -119,11 +119,11 @@ def _quantize(run: Run, tokens: Tensor | None) -> dict[str, Any]:
     }
 
 
-def _tell_what_is_left_out(runner: BlockRunner, blocks_name: str) -> None:
+def _tell_what_is_left_out(runner: BlockRunner, names: list[str]) -> None:
     """Logs which steps a model has no use for."""
     unseen = sorted({*range(len(runner.blocks))} - {*runner.order})
     if unseen:
-        which = ", ".join(f"{blocks_name}.{index}" for index in unseen)
+        which = ", ".join(names[index] for index in unseen)
         logger.warning("No text reaches %s: quantized on weights alone, without calibration.", which)
     if not runner.has_head:
         kind = type(runner.model).__name__
@@ -139,9 +139,9 @@ def _tell(run: Run, index: int) -> None:
     """Logs the relative errors of a block's layers, experts of one kind taken together, and the bits they take."""
     kinds: dict[str, list[float]] = {}
     for name in run.linears[index]:
-        kinds.setdefault(kind_of(name), []).append(run.layers[f"{run.blocks_name}.{index}.{name}"]["relative_error"])
+        kinds.setdefault(kind_of(name), []).append(run.layers[f"{run.names[index]}.{name}"]["relative_error"])
     errors = ", ".join(f"{kind.rpartition('.')[2]} {sum(e) / len(e):.3f}" for kind, e in kinds.items())
-    logger.info("%s.%d: relative error %s.", run.blocks_name, index, errors or "none, no layer to quantize")
+    logger.info("%s: relative error %s.", run.names[index], errors or "none, no layer to quantize")
 
 
 def _bits(run: Run) -> float:
@@ -165,14 +165,14 @@ def _advance(run: Run, index: int, full: Stream | None, quantized: Stream | None
     if saved is None:
         quantize_block_(run, index, quantized, full)
         restore_dtypes_(block, dtypes)
-        lines = {key: run.layers[f"{run.blocks_name}.{index}.{key}"] for key in run.linears[index]}
+        lines = {key: run.layers[f"{run.names[index]}.{key}"] for key in run.linears[index]}
         run.work.save(name, tunable_state(block), {"layers": lines, "seconds": run.seconds})
     else:
         tensors, note = saved
         lines, run.seconds = note["layers"], note["seconds"]
         load_block_(block, run.linears[index], tensors, run.config, run.device)
         restore_dtypes_(block, dtypes)
-        run.layers.update({f"{run.blocks_name}.{index}.{key}": line for key, line in lines.items()})
+        run.layers.update({f"{run.names[index]}.{key}": line for key, line in lines.items()})
     if quantized is not None:
         block.to(run.device, torch.float32)
         _move_stream(run, index, quantized)
@@ -186,7 +186,7 @@ def _move_stream(run: Run, index: int, stream: Stream) -> None:
     start = time.perf_counter()
     stream.move(index, partial(run.call_block, index))
     if stream.hidden is not None:
-        check_finite(stream.hidden, f"{run.blocks_name}.{index}", "output")
+        check_finite(stream.hidden, f"{run.names[index]}", "output")
     run.timed("running blocks", start)
 
 

@@ -199,7 +199,7 @@ def self_written_tokens(model: nn.Module, nsamples: int, seqlen: int, seed: int)
     Raises:
         ValueError: it does not write text.
     """
-    if not (isinstance(model, PreTrainedModel) and model.can_generate()):
+    if not (isinstance(model, PreTrainedModel) and model.can_generate()) or model.config.is_encoder_decoder:
         raise ValueError(
             f"{type(model).__name__} does not write text, so not its own calibration text either; "
             "give dataset the path of a text file or a list of texts, or None (weights only)."

@@ -95,7 +95,7 @@ def _quantize_stage(run: Run, index: int, stage: list[list[str]], hessian_of: Ca
     mine = distributed.own({name: k * k * n for name, (k, n) in sizes.items()})
     for group in stage:
         hessian = hessian_of(group[0])
-        check_finite(hessian, f"{run.blocks_name}.{index}.{group[0]}", "calibration input")
+        check_finite(hessian, f"{run.names[index]}.{group[0]}", "calibration input")
         for name in group:
             if name in mine:
                 _quantize_linear(run, index, name, hessian)
@@ -105,7 +105,7 @@ def _quantize_stage(run: Run, index: int, stage: list[list[str]], hessian_of: Ca
 def _exchange_linears(run: Run, index: int, names: list[str], mine: set[str]) -> None:
     """Gives the linears that this process has quantized to the others, and takes theirs."""
     block, found = run.blocks[index], {}
-    full_names = {name: f"{run.blocks_name}.{index}.{name}" for name in names}
+    full_names = {name: f"{run.names[index]}.{name}" for name in names}
     fitted = {name: block.get_submodule(name).quantized_weight() for name in mine}
     tensors = {name: {key: t.cpu() for key, t in weight.tensors().items()} for name, weight in fitted.items()}
     for part in distributed.gather({name: (tensors[name], run.layers.pop(full_names[name])) for name in mine}):
@@ -144,9 +144,9 @@ def _hessians(
         distributed.sum_(hessian.quanta)
         if not hessian.is_exact:
             logger.warning(
-                "The inputs of %s.%d.%s grow too much to be summed exactly; the last bits of the result may depend on "
+                "The inputs of %s.%s grow too much to be summed exactly; the last bits of the result may depend on "
                 "the number of processes.",
-                *(run.blocks_name, index, name),
+                *(run.names[index], name),
             )
     return hessians
 
@@ -154,7 +154,7 @@ def _hessians(
 def _quantize_linear(run: Run, index: int, name: str, hessian: Tensor) -> None:
     """Replaces one linear of a block by its quantized layer and notes how well it went."""
     start = time.perf_counter()
-    block, full_name = run.blocks[index], f"{run.blocks_name}.{index}.{name}"
+    block, full_name = run.blocks[index], f"{run.names[index]}.{name}"
     module = block.get_submodule(name)
     weight = module.weight.detach().to(run.device, torch.float32)
     weight = weight.T if isinstance(module, Conv1D) else weight

@@ -24,8 +24,8 @@ class Run:
         device: compute device.
         bfloat16: whether blocks run in mixed precision.
         linears: names of the layers to quantize, relative to their block, by block.
-        blocks_name: the name of `blocks` in the model.
-        blocks: the decoder blocks.
+        names: of the blocks in the model.
+        blocks: in the order in which they are quantized.
         work: the work folder.
         runner: runs the blocks; None without calibration text.
         layers: report lines by layer name.
@@ -37,7 +37,7 @@ class Run:
     device: torch.device
     bfloat16: bool
     linears: list[list[str]]
-    blocks_name: str
+    names: list[str]
     blocks: nn.ModuleList
     work: WorkFolder
     runner: BlockRunner | None = None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import CRVQConfig
 from ..modeling.runner import BlockRunner, Gave, State
-from ..modeling.trees import hidden_of, map_tensors
+from ..modeling.trees import map_tensors
 from ..resources import distributed
 from ..resources.workfolder import WorkFolder
 
@@ -97,10 +97,11 @@ class Stream:
             index: which block.
             call: runs it, on any device and in any floating point dtype.
         """
-        start = 0
+        start, lists = 0, self.runner.lists
+        if self._index is not None and lists[index] != lists[self._index]:
+            self.hidden = None  # an encoder's hidden states stay
         for number, state in enumerate(self.states):
-            gave = state.then(call(state)).gave
-            self.states[number] = State(state.tokens, self._kept(gave, index, start))
+            self.states[number] = self._kept(state.then(call(state), lists[index]), index, start)
             start += len(state)
         self._index = index
 
@@ -122,9 +123,9 @@ class Stream:
             start += len(tokens)
         return states
 
-    def _kept(self, gave: Gave, index: int, start: int) -> Gave:
-        """Returns what a block gave as it is kept: in the model's dtypes, hidden states where those of all are."""
-        leaves, hidden = iter(self.runner.leaves[index]), hidden_of(gave.output)
+    def _kept(self, state: State, index: int, start: int) -> State:
+        """Returns a state as it is kept: in the model's dtypes, new hidden states where those of all texts are."""
+        leaves, hidden = iter(self.runner.leaves[index]), state.hidden
 
         def keep(tensor: Tensor) -> Tensor:
             leaf = next(leaves)
@@ -137,7 +138,7 @@ class Stream:
             place = self.hidden.narrow(leaf.dim, start, tensor.shape[leaf.dim])
             return place.copy_(tensor)
 
-        return map_tensors(gave, keep)
+        return State(state.tokens, map_tensors(state.gaves, keep))
 
 
 def start_streams(runner: BlockRunner, tokens: Tensor, config: CRVQConfig, work: WorkFolder) -> tuple[Stream, Stream]:

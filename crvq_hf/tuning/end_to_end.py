@@ -132,7 +132,7 @@ def _on(device: torch.device, state: State) -> State:
     """Returns a state on `device`, numbers in fp32."""
     return State(
         state.tokens,
-        map_tensors(state.gave, lambda t: t.to(device, torch.float32 if t.is_floating_point() else t.dtype)),
+        map_tensors(state.gaves, lambda t: t.to(device, torch.float32 if t.is_floating_point() else t.dtype)),
     )
 
 

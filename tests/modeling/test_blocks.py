@@ -3,9 +3,10 @@
 import pytest
 import torch
 import transformers
+from many_models import build
 from torch import nn
 
-from crvq_hf.modeling.blocks import find_blocks, for_each_input, survey
+from crvq_hf.modeling.blocks import block_names, find_block_lists, find_blocks, for_each_input, survey
 
 
 @pytest.mark.parametrize(
@@ -91,12 +92,28 @@ def test_every_use_of_a_layer_counts():
     assert len(seen) == 2
 
 
-def test_encoder_decoder_is_refused():
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [
+        ("an encoder and its decoder", ["encoder.block", "decoder.block"]),
+        ("the same, positions learned", ["model.encoder.layers", "model.decoder.layers"]),
+        ("sound", ["model.encoder.layers", "model.decoder.layers"]),
+        ("an encoder", ["bert.encoder.layer"]),
+    ],
+)
+def test_an_encoder_comes_before_its_decoder(architecture, names):
+    lists = find_block_lists(build(architecture))
+    assert list(lists) == names and [len(blocks) for blocks in lists.values()] == [2] * len(names)
+    assert block_names(lists)[0] == names[0] + ".0" and len(block_names(lists)) == 2 * len(names)
+
+
+def test_an_encoder_decoder_without_lists_is_refused():
     config = transformers.T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with torch.device("meta"):
         model = transformers.T5ForConditionalGeneration(config)
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
-        find_blocks(model)
+    model.encoder.block = nn.Sequential()
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model whose lists"):
+        find_block_lists(model)
 
 
 def test_model_without_blocks_is_refused():

@@ -29,6 +29,11 @@ def watched(model, blocks, tokens) -> tuple[dict[int, torch.Tensor], torch.Tenso
     return found, output
 
 
+def assert_same(found, wanted) -> None:
+    assert found.shape == wanted.shape and wanted.norm() > 0
+    assert (found - wanted).norm() < 1e-4 * wanted.norm()
+
+
 def check_one_by_one(model) -> None:
     """Moves texts past all blocks, in batches of two, and compares with the model."""
     runner = rehearse(model)
@@ -41,14 +46,13 @@ def check_one_by_one(model) -> None:
     for index in runner.order:
         pieces = [runner.call(index, runner.arguments(index, state)) for state in stream.steps()]
         stream.move(index, lambda state, index=index: runner.call(index, runner.arguments(index, state)))
-        torch.testing.assert_close(stream.hidden, wanted[index], rtol=1e-3, atol=1e-4)
+        assert_same(stream.hidden, wanted[index])
         assert len(pieces) == 5
         for piece, state in zip(pieces, stream.steps(), strict=True):
-            torch.testing.assert_close(hidden_of(piece.output), state.hidden, rtol=1e-3, atol=1e-4)
+            assert_same(hidden_of(piece.output), state.hidden)
     with torch.no_grad():
         found = [hidden_of(runner.output(state)) for state in stream.states]
-    torch.testing.assert_close(torch.cat(found), output, rtol=1e-3, atol=1e-3)
-    assert output.std() > 1e-3
+    assert_same(torch.cat(found), output)
     assert all("forward" not in block.__dict__ for block in runner.blocks)
 
 
@@ -76,7 +80,7 @@ def test_what_cannot_be_run_one_by_one_is_refused(architecture):
         rehearse(build(architecture))
 
 
-@pytest.mark.parametrize("architecture", ["per-layer inputs, AltUp", "returns a pair", "indices handed on"])
+@pytest.mark.parametrize("architecture", ["per-layer inputs, AltUp", "returns a pair"])
 def test_in_half_precision_too(architecture):
     model = build(architecture, torch.bfloat16)
     leaves = rehearse(model).leaves[0]
@@ -87,7 +91,7 @@ def test_only_what_is_handed_on_is_kept():
     """Attention weights that a block returns would take more memory than all else."""
     runner = rehearse(build("positions for each head and text"))
     assert len(runner.leaves[0]) == 1 and runner.other_bytes == 0
-    assert rehearse(build("indices handed on")).keeps_all
+    assert rehearse(build("an encoder and its decoder")).keeps_all  # its first block's position bias
 
 
 class Memory(nn.Module):

@@ -1,6 +1,7 @@
 """Whole models whose blocks take or give more than hidden states, that have no head, or of which text sees a part."""
 
 import logging
+import math
 from collections import defaultdict
 
 import pytest
@@ -44,7 +45,7 @@ def test_layers_see_what_they_will_see_in_the_quantized_model(architecture, quan
     )
 
     def spy(run, index, name, hessian):
-        hessians[f"{run.blocks_name}.{index}.{name}"] = hessian.clone()
+        hessians[f"{run.names[index]}.{name}"] = hessian.clone()
         quantize_linear(run, index, name, hessian)
 
     monkeypatch.setattr(quantize_block, "_quantize_linear", spy)
@@ -101,6 +102,27 @@ def test_no_warnings_for_an_ordinary_model(quantize, caplog):
     with caplog.at_level(logging.WARNING, "crvq"):
         quantize(make("llama", num_hidden_layers=1), **OFF)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("architecture", ["an encoder and its decoder", "the same, positions learned"])
+def test_encoder_and_decoder_are_calibrated_and_tuned(architecture, quantize, tmp_path):
+    read = lambda text, **options: {"input_ids": [3 + ord(letter) % 60 for letter in text]}  # noqa: E731
+    model = quantize(build(architecture), tokenizer=read, **LINES)
+    parts = {name.split(".layers")[0].split(".block")[0] for name in quantized_layers(model)}
+    assert len(parts) == 2 and 0 < model.crvq_report["e2e_loss"]["last"] < math.inf
+    assert all(0 < line["relative_error"] < 0.5 for line in model.crvq_report["layers"].values())
+    model.save_pretrained(tmp_path / "quantized")
+    again = type(model).from_pretrained(tmp_path / "quantized")
+    tokens = {"input_ids": tokens_for(model), "decoder_input_ids": tokens_for(model)}
+    with torch.no_grad():
+        assert torch.equal(model(**tokens).logits, again(**tokens).logits)
+
+
+def test_sound_is_quantized_on_weights_alone(quantize):
+    with pytest.raises(ValueError, match=r"it reads input_features.*use dataset=None"):
+        quantize(build("sound"), "with text")
+    model = quantize(build("sound"), dataset=None)
+    assert len(quantized_layers(model)) == 2 * 6 + 2 * 10
 
 
 def blip2():

@@ -235,7 +235,7 @@ def test_every_layer_is_calibrated_on_what_the_quantized_ones_before_it_leave(
     monkeypatch.setattr(pipeline, "calibration_tokens", lambda *args: tokens.append(calibration(*args)) or tokens[0])
 
     def spy(run, index, name, hessian):
-        hessians[f"{run.blocks_name}.{index}.{name}"] = hessian.clone()
+        hessians[f"{run.names[index]}.{name}"] = hessian.clone()
         quantize_linear(run, index, name, hessian)
 
     def no_tuning(block, run, inputs, targets, *, dense, **fields):
@@ -285,7 +285,7 @@ def test_every_layer_is_calibrated_on_what_the_quantized_ones_before_it_leave(
     assert not torch.allclose(tuned[1][0], full.hidden_states[1][:6], atol=1e-3)
     own_tokens, hidden = lines[0]
     assert torch.equal(own_tokens, tokens[0])
-    state = State(own_tokens, Gave(hidden, []))
+    state = State(own_tokens, (Gave(hidden, []),))
     torch.testing.assert_close(rehearse(make(architecture)).logits(state), full.logits, rtol=1e-3, atol=1e-3)
 
 
