@@ -100,7 +100,6 @@ def run_on_text(model: nn.Module, tokens: Tensor) -> Any:
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     options = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
-    tokens = tokens.to(next(model.parameters()).device)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         options["decoder_input_ids"] = tokens
     return model(input_ids=tokens, **options)
@@ -152,6 +151,8 @@ class BlockRunner:
         """`rehearse` makes one and finds the attributes that are not given here."""
         self.model, self.blocks, self.lists, self.order = model, blocks, tuple(lists), tuple(order)
         self.keeps_all = keeps_all
+        inside = {id(parameter) for parameter in blocks.parameters()}  # which move to other devices meanwhile
+        self._outside = next((p for p in model.parameters() if id(p) not in inside), next(model.parameters()))
         self.leaves: dict[int, list[Leaf]] = {}
         self.hidden_bytes = self.other_bytes = 0.0
         self.has_head = False
@@ -208,7 +209,7 @@ class BlockRunner:
             The output of the model; if `index` is a block, its arguments, in a list.
         """
         stopped: list[Arguments] = []
-        home = next(self.model.parameters()).device
+        home = self._outside.device
         gaves = map_tensors(state.gaves, lambda tensor: tensor.to(home))
 
         def give(gave: Gave, *args: Any, **kwargs: Any) -> Any:
@@ -223,7 +224,7 @@ class BlockRunner:
         forwards = {i: partial(give, gaves[self.lists[i]]) for i in earlier} | ({} if index is None else {index: stop})
         with replaced_forwards(self.blocks, forwards):
             try:
-                return run_on_text(self.model, state.tokens)
+                return run_on_text(self.model, state.tokens.to(home))
             except Done:
                 return stopped
 

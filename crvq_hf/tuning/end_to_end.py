@@ -74,7 +74,7 @@ def finetune_end_to_end_(
             if len(states[index]):
                 with precision():
                     teacher = runner.logits(_on(device, states[index]))
-                    logits = run_on_text(model, states[index].tokens).logits
+                    logits = run_on_text(model, states[index].tokens.to(device)).logits
                 loss = distillation_loss(logits, teacher)
             losses.append(trainer.step(number, loss))
             bar.update()
