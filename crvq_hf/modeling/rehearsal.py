@@ -118,9 +118,10 @@ def _records(model: nn.Module, name: str, blocks: nn.ModuleList) -> tuple[nn.Mod
 def _probes(model: nn.Module) -> list[Tensor]:
     """Returns three batches of tokens: two of one shape, one with more texts; at the end of one text is padding."""
     config = model.config.get_text_config()
-    ids = {value for key, value in config.to_dict().items() if key.endswith(("_token_id", "_token_index"))}
-    ids |= {value for key, value in model.config.to_dict().items() if key.endswith(("_token_id", "_token_index"))}
-    vocabulary = model.get_input_embeddings().num_embeddings
+    named = [*config.to_dict().items(), *model.config.to_dict().items()]
+    values = [value for name, value in named if "_token_id" in name or "_token_index" in name]
+    ids = {token for value in values for token in (value if isinstance(value, list) else [value])}
+    vocabulary = getattr(config, "vocab_size", None) or model.get_input_embeddings().num_embeddings
     tokens = torch.randint(vocabulary, (1024,), generator=torch.Generator().manual_seed(0)).tolist()
     plain = [token for token in tokens if token not in ids] or tokens  # not the place of an image, say
     sizes = [2 * _SEQLEN, 2 * _SEQLEN, 3 * _SEQLEN]

@@ -122,6 +122,19 @@ def test_a_model_that_takes_no_text_alone_is_refused():
         rehearse(model)
 
 
+def test_tokens_that_mean_something_are_left_alone(monkeypatch):
+    """The place of an image, say; Llama 3 has a list of end tokens. Padding is at the end of a text, as ever."""
+    model, seen = make("llama"), []
+    model.config.image_token_index, model.config.eos_token_id = 7, [11, 12]
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda input_ids, **kw: seen.append(input_ids) or forward(input_ids, **kw))
+    rehearse(model)
+    used = set(torch.cat(seen[:3]).flatten().tolist())
+    assert len(used) > 20 and not used & {1, 7, 11, 12}
+    assert [tokens.shape for tokens in seen[:3]] == [(2, 8), (2, 8), (3, 8)]
+    assert [int((tokens == 0).sum()) for tokens in seen[:3]] == [0, 1, 0] and seen[1][0, -1] == 0
+
+
 def test_the_rehearsal_is_cheap(monkeypatch):
     """A few dozen tokens, whatever the model."""
     model, seen = make("llama"), []
