@@ -21,7 +21,7 @@ from .checkpoint.loading import check_loaded, match_checkpoint
 from .checkpoint.metadata import metadata_of
 from .checkpoint.sources import heard_options
 from .config import QUANT_METHOD, CRVQConfig
-from .modeling.blocks import find_blocks
+from .modeling.blocks import find_block_lists
 from .modeling.counting import QUANTIZED, count_weights_
 from .modeling.embedding import (
     Int8Embedding,
@@ -83,7 +83,7 @@ class CRVQQuantizer(HfQuantizer):
                 "start one process without tp_plan and tp_size, device_map='auto' gives each of its GPUs whole blocks."
             )
         if not self.pre_quantized:
-            find_blocks(model)
+            find_block_lists(model)
             self._loading_options = heard_options(model, checkpoint_files)
             return
         if checkpoint_files is None:  # a state dict was given, so there are no headers to ask

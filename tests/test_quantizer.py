@@ -160,11 +160,11 @@ def test_nothing_to_quantize(make_model, pipeline):
 
 
 def test_model_without_blocks_is_refused_before_its_weights_are_read(tmp_path):
-    config = transformers.T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        transformers.T5ForConditionalGeneration.from_pretrained(
+    with pytest.raises(ValueError, match="has no list of decoder blocks"):
+        transformers.ResNetForImageClassification.from_pretrained(
             tmp_path, quantization_config=CRVQConfig(), dtype="float32"
         )
 

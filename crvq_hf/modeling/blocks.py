@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Returns the name and the list of the model's decoder blocks.
 
-    Optimum's patterns know the common architectures; any other model is taken to keep its blocks in the `ModuleList`
-    that holds the most parameters.
+    They are looked for in the text decoder of a model that has other parts too. Optimum's patterns know the common
+    architectures; any other model is taken to keep its blocks in the `ModuleList` that holds the most parameters.
 
     Raises:
         ValueError: the model is an encoder-decoder, or has no list of blocks.
@@ -25,167 +23,73 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     kind = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{kind} is an encoder-decoder model; crvq quantizes decoder-only models, such as Llama or Qwen."
-        )
+        raise ValueError(f"{kind} is an encoder-decoder model and has two lists of blocks, where one is wanted.")
     lists = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        name: module for name, module in _text_modules(model) if isinstance(module, nn.ModuleList) and len(module)
     }
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    prefix = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
+    if prefix and any(name.startswith(prefix) for name in lists):
+        lists = {name: module for name, module in lists.items() if name.startswith(prefix)}
+    else:
+        decoder, prefix = model, ""
     try:
-        name = get_block_name_with_pattern(model)
+        name = prefix + get_block_name_with_pattern(decoder)
     except ValueError:  # an architecture that optimum does not know
         name = ""
     if name not in lists:  # also where optimum took a prefix of some other name for a match
-        name = max(lists, key=lambda key: sum(p.numel() for p in lists[key].parameters()), default="")
+        name, _ = _largest_list(lists)
     if not name:
         raise ValueError(f"{kind} has no list of decoder blocks (an nn.ModuleList), so crvq cannot quantize it.")
     return name, lists[name]
 
 
-class _Done(Exception):
-    """Ends a forward pass of which everything of interest has been seen."""
+def find_block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Returns the lists of the model's blocks by name, in the order in which they are run.
 
+    That is one list for a decoder or an encoder, and two for an encoder with a decoder.
 
-def hidden_of(output: Any) -> Tensor:
-    """Returns the hidden states `[batch, seqlen, hidden_size]` of a block's output, which may be a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def to_device(value: Any, device: torch.device | str) -> Any:
-    """Returns `value` with every tensor in it (in tuples, lists and dicts) on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(to_device(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return value
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Returns whether two arguments are equal: tensors and plain values by value, other objects by their class."""
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and torch.equal(one, other)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
-    if isinstance(one, (bool, int, float, str)):
-        return one == other
-    return type(one) is type(other)
-
-
-@contextmanager
-def _replaced_forwards(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
-    """Runs the model with `forwards` in place of those its blocks have."""
-    replaced = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for block, forward in zip(blocks, forwards, strict=True):
-            block.forward = forward
-        yield
-    finally:
-        for block, forward in zip(blocks, replaced, strict=True):
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.forward = forward
-
-
-class BlockRunner:
-    """Runs the blocks of a model one at a time, on hidden states that are kept elsewhere.
-
-    What a model hands to its blocks beside the hidden states (rotary embeddings, masks) depends on the block and on
-    the shape of the batch, not on the text, so it is recorded once per shape.
-
-    Attributes:
-        blocks: the decoder blocks, in order.
+    Raises:
+        ValueError: it has none.
     """
-
-    def __init__(self, model: nn.Module):
-        """Args: model: a causal language model in eval mode."""
-        self.model = model
-        self.blocks = find_blocks(model)[1]
-        self._arguments: dict[tuple[int, ...], list[tuple[tuple, dict[str, Any]]]] = {}
-        self._returns_tuple: bool | None = None
-
-    @torch.no_grad()
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Returns what the first block receives, `[batch, seqlen, hidden_size]`, and records the other arguments.
-
-        Args:
-            tokens: `[batch, seqlen]`, int64.
-
-        Raises:
-            ValueError: the other arguments differ from those for an earlier batch of this shape.
-        """
-        arguments: list[tuple[tuple, dict[str, Any]]] = [((), {})] * len(self.blocks)
-        embedded: list[Tensor] = []
-
-        def recorder(index: int) -> Callable[..., Any]:
-            block_forward = self.blocks[index].forward
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = args[0] if args else kwargs.pop("hidden_states")
-                arguments[index] = (args[1:], kwargs)
-                if index == 0:
-                    embedded.append(hidden)
-                    if self._returns_tuple is None:  # some architectures' blocks return a tuple: ask one of them
-                        first = block_forward(hidden, *args[1:], **kwargs)
-                        self._returns_tuple = isinstance(first, tuple)
-                if index == len(self.blocks) - 1:
-                    raise _Done
-                return (hidden,) if self._returns_tuple else hidden
-
-            return forward
-
-        with _replaced_forwards(self.blocks, [recorder(i) for i in range(len(self.blocks))]):
-            try:
-                self.model(input_ids=tokens.to(self.model.device), use_cache=False)
-            except _Done:
-                pass
-        known = self._arguments.setdefault(tuple(tokens.shape), arguments)
-        if known is not arguments and not _equal(known, arguments):
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return dict([find_blocks(model)])
+    lists = {}
+    for part in (model.get_encoder(), model.get_decoder()):
+        prefix = next((name for name, module in model.named_modules() if module is part), "")
+        name, blocks = _largest_list(dict(part.named_modules()))
+        if not prefix or not name:
             raise ValueError(
-                f"The blocks of {type(self.model).__name__} are given something that depends on the text beside the "
-                "hidden states, which block-by-block calibration does not support; use dataset=None."
+                f"{type(model).__name__} is an encoder-decoder model whose lists of blocks crvq does not find."
             )
-        return embedded[0]
+        lists[f"{prefix}.{name}"] = blocks
+    return lists
 
-    def run(self, index: int, hidden: Tensor, device: torch.device | str) -> Tensor:
-        """Returns the output of block `index`, `[batch, seqlen, hidden_size]`, on `device`.
 
-        Args:
-            index: which block; it must be on `device`.
-            hidden: `[batch, seqlen, hidden_size]`.
-            device: where the block is.
-        """
-        shape = tuple(hidden.shape[:2])
-        if shape not in self._arguments:
-            self.embed(torch.zeros(shape, dtype=torch.int64))
-        args, kwargs = to_device(self._arguments[shape][index], device)
-        return hidden_of(self.blocks[index](hidden.to(device), *args, **kwargs))
+def block_names(lists: dict[str, nn.ModuleList]) -> list[str]:
+    """Returns the names of all blocks in the order of the lists, see `find_block_lists`."""
+    return [f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))]
 
-    @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """While inside, autograd keeps the inputs of blocks only, and each is run again when its gradient is due."""
-        forwards = [partial(checkpoint, block.forward, use_reentrant=False) for block in self.blocks]
-        with _replaced_forwards(self.blocks, forwards):
-            yield
 
-    @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Returns the logits `[batch, seqlen, vocab_size]` the model makes of its last block's output.
+def _largest_list(modules: dict[str, nn.Module]) -> tuple[str, nn.ModuleList | None]:
+    """Returns name and module of the `ModuleList` that holds the most parameters; an empty name if there is none."""
+    lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)}
+    name = max(lists, key=lambda key: sum(p.numel() for p in lists[key].parameters()), default="")
+    return name, lists.get(name)
 
-        `embed` must have been called before.
 
-        Args:
-            hidden: `[batch, seqlen, hidden_size]`, output of the last block.
-        """
-        forwards = [
-            lambda states, *args, **kwargs: (states,) if self._returns_tuple else states for _ in self.blocks[:-1]
-        ] + [lambda *args, **kwargs: (hidden,) if self._returns_tuple else hidden]
-        tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.model.device)
-        with _replaced_forwards(self.blocks, forwards):
-            return self.model(input_ids=tokens, use_cache=False).logits
+def _text_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules of a model by name, but none of models inside of it that read images or sound."""
+    for name, child in model.named_children():
+        if hasattr(child, "main_input_name") and child.main_input_name != "input_ids":
+            if not any(getattr(part, "main_input_name", None) == "input_ids" for part in child.modules()):
+                continue
+        yield f"{prefix}{name}", child
+        yield from _text_modules(child, f"{prefix}{name}.")
+
+
+class Done(Exception):
+    """Ends a forward pass of which everything of interest has been seen."""
 
 
 @torch.no_grad()
@@ -195,7 +99,7 @@ def linear_stages(block: nn.Module, names: list[str], forward: Callable[[], Any]
     The linears of a group read the same tensor and share one Hessian (q, k and v; gate and up). A stage holds the
     groups that are quantized before the block is run again: linears of the same kind (their name but for numbers, so
     all experts' `down_proj`) and all that share an input with one of these. Linears that one run does not reach (an
-    expert without tokens) join the stage of their kind, each in a group of its own.
+    expert without tokens) join the stage of their kind, each in a group of its own, as do those used more than once.
 
     Args:
         block: the block.
@@ -216,9 +120,10 @@ def linear_stages(block: nn.Module, names: list[str], forward: Callable[[], Any]
         for handle in handles:
             handle.remove()
     groups: dict[tuple, list[str]] = {}
+    uses = Counter(name for name, _ in order)
     for name, key in order:
         if not any(name in group for group in groups.values()):
-            groups.setdefault(key, []).append(name)
+            groups.setdefault(key if uses[name] == 1 else (name,), []).append(name)
     reached = [group for group in groups.values()] + [[n] for n in names if all(n != seen for seen, _ in order)]
     stages: list[tuple[set[str], list[list[str]]]] = []
     for group in reached:
@@ -240,7 +145,11 @@ def kind_of(name: str) -> str:
 
 @torch.no_grad()
 def for_each_input(
-    block: nn.Module, names: list[str], see: Callable[[str, Tensor], None], forwards: Iterator[Callable[[], Any]]
+    block: nn.Module,
+    names: list[str],
+    see: Callable[[str, Tensor], None],
+    forwards: Iterator[Callable[[], Any]],
+    repeated: Collection[str] = (),
 ) -> None:
     """Shows every input of some linears of a block, stopping each run once all of them have been seen.
 
@@ -249,15 +158,17 @@ def for_each_input(
         names: linears to watch.
         see: called with a linear's name and its input.
         forwards: each runs the block on one batch.
+        repeated: names of linears that a run may use more than once; it is not stopped if one of these is watched.
     """
     waiting: set[str] = set()
 
     def hook(name: str) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             see(name, args[0])
-            waiting.discard(name)
+            if name not in repeated:
+                waiting.discard(name)
             if not waiting:
-                raise _Done
+                raise Done
 
         return watch
 
@@ -267,7 +178,7 @@ def for_each_input(
             waiting.update(names)
             try:
                 forward()
-            except _Done:
+            except Done:
                 pass
             waiting.clear()
     finally:
@@ -277,7 +188,7 @@ def for_each_input(
 
 def survey(
     block: nn.Module, names: list[str], forward: Callable[[], Any]
-) -> tuple[list[list[list[str]]], dict[str, float]]:
+) -> tuple[list[list[list[str]]], dict[str, float], set[str]]:
     """Returns what one run of a block tells about its linears.
 
     Args:
@@ -288,10 +199,16 @@ def survey(
     Returns:
         The stages to quantize them in, see `linear_stages`.
         For each linear that the sequence reaches, the largest sum of squares over a channel of its inputs.
+        The names of those that are used more than once.
     """
     energies: dict[str, float] = {}
+    repeated: set[str] = set()
 
     def see(name: str, x: Tensor) -> None:
-        energies[name] = float(x.float().flatten(0, -2).square().sum(0).max()) if x.numel() else 0.0
+        energy = float(x.float().flatten(0, -2).square().sum(0).max()) if x.numel() else 0.0
+        if name in energies:
+            repeated.add(name)
+        energies[name] = max(energy, energies.get(name, 0.0))
 
-    return linear_stages(block, names, lambda: for_each_input(block, names, see, iter([forward]))), energies
+    stages = linear_stages(block, names, lambda: for_each_input(block, names, see, iter([forward]), names))
+    return stages, energies, repeated

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import FINEST_GROUP, CRVQConfig
 from ..quantized_weight import QuantizedWeight
-from .blocks import find_blocks
+from .blocks import find_block_lists
 from .experts import find_fused_experts, unfuse_experts_
 from .linear import CRVQLinear
 
@@ -34,7 +35,7 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
     Raises:
         ValueError: the model has no decoder blocks.
     """
-    blocks_name, blocks = find_blocks(model)
+    lists = find_block_lists(model)
     patterns = config.modules_to_not_convert or []
     weight_uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -44,7 +45,7 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
 
     multiple = config.in_group_size if config.bits is None else FINEST_GROUP
     linears, skipped = {}, {}
-    for name, module in blocks.named_modules(prefix=blocks_name):
+    for name, module in chain.from_iterable(blocks.named_modules(prefix=name) for name, blocks in lists.items()):
         if not isinstance(module, (nn.Linear, Conv1D)) or isinstance(module, CRVQLinear):
             continue
         in_features, _ = linear_size(module)

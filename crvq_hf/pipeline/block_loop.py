@@ -9,6 +9,7 @@ layers of a stage. All have the same blocks, those that one process alone would 
 
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from ..config import CRVQConfig
-from ..modeling.blocks import BlockRunner, find_blocks, kind_of
+from ..modeling.blocks import block_names, find_block_lists, kind_of
 from ..modeling.linear import CRVQLinear
+from ..modeling.rehearsal import rehearse
 from ..modeling.replace import quantizable_linears, unmatched_patterns
+from ..modeling.runner import BlockRunner, State
 from ..resources import distributed
 from ..resources.device import compute_device, has_fast_bfloat16, peak_memory_bytes
 from ..resources.workfolder import WorkFolder
@@ -28,7 +31,7 @@ from .calibration import calibration_tokens
 from .fingerprint import default_work_dir, run_fingerprint
 from .quantize_block import quantize_block_
 from .run import Run, check_finite
-from .streams import batches, embed, share, steps
+from .streams import Stream, share, start_streams
 
 logger = logging.getLogger("crvq")
 
@@ -54,7 +57,7 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
             another run, too little memory or disk for the activations.
     """
     device = compute_device(config.device)
-    blocks_name, blocks = find_blocks(model)
+    names = block_names(find_block_lists(model))
     linears, skipped = quantizable_linears(model, config)
     for pattern in unmatched_patterns(model, config):
         logger.warning("modules_to_not_convert: %r matches no module of %s.", pattern, type(model).__name__)
@@ -62,14 +65,17 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
         logger.warning("%s stays dense: %s.", name, reason)
     if not linears:
         raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
-    prefixes = [f"{blocks_name}.{i}." for i in range(len(blocks))]
-    by_block = [[n.removeprefix(p) for n in linears if n.startswith(p)] for p in prefixes]
+    by_block = [[n.removeprefix(f"{block}.") for n in linears if n.startswith(f"{block}.")] for block in names]
     _check_weights(linears)
+    runner = None if config.dataset is None else rehearse(model)
     fingerprint = run_fingerprint(model, tokenizer, config)
+    if runner is not None:
+        _tell_what_is_left_out(runner, names)
     with WorkFolder(config.work_dir or default_work_dir(fingerprint), fingerprint) as work:
         logger.info("Finished blocks are kept in %s.", work.path)
         bfloat16 = _precision(work, device)
-        run = Run(model, config, device, bfloat16, by_block, blocks_name, blocks, work)
+        blocks = nn.ModuleList(model.get_submodule(name) for name in names)
+        run = Run(model, config, device, bfloat16, by_block, names, blocks, work, runner)
         start = time.perf_counter()
         tokens = _calibration(run, tokenizer)
         run.timed("calibration", start)
@@ -88,8 +94,7 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
 
 def _quantize(run: Run, tokens: Tensor | None) -> dict[str, Any]:
     """Quantizes all blocks, then fine-tunes end to end; returns the report."""
-    run.runner = None if tokens is None else BlockRunner(run.model)
-    full, quantized = (None, None) if tokens is None else embed(run.runner, tokens, run.config, run.work)
+    full, quantized = (None, None) if tokens is None else start_streams(run.runner, tokens, run.config, run.work)
     activation_bytes = sum(distributed.gather(0 if full is None else full.nbytes + quantized.nbytes))
     finished = sum(run.work.has(_block_file(index)) for index in range(len(run.blocks)))
     if finished:
@@ -104,11 +109,10 @@ def _quantize(run: Run, tokens: Tensor | None) -> dict[str, Any]:
         bar.set_postfix_str(f"{_bits(run):.3f} bits")
     del quantized
     losses, e2e_tokens = None, 0
-    if tokens is not None and run.config.e2e_finetune_epochs:
+    if tokens is not None and run.config.e2e_finetune_epochs and run.runner.has_head:
         chosen = tokens[: run.config.e2e_nsamples or None]
         e2e_tokens = chosen.numel()
-        own = share(chosen)
-        losses = _finetune_end_to_end(run, own, full[: len(own)])
+        losses = _finetune_end_to_end(run, full.steps(len(share(chosen))))
     return {
         "bits_per_weight": _bits(run),
         "layers": run.layers,
@@ -121,6 +125,17 @@ def _quantize(run: Run, tokens: Tensor | None) -> dict[str, Any]:
     }
 
 
+def _tell_what_is_left_out(runner: BlockRunner, names: list[str]) -> None:
+    """Logs which steps a model has no use for."""
+    unseen = sorted({*range(len(runner.blocks))} - {*runner.order})
+    if unseen:
+        which = ", ".join(names[index] for index in unseen)
+        logger.warning("No text reaches %s: quantized on weights alone, without calibration.", which)
+    if not runner.has_head:
+        kind = type(runner.model).__name__
+        logger.warning("%s has no language model head: there is no end-to-end fine-tuning.", kind)
+
+
 def _block_file(index: int) -> str:
     """Returns the name of a finished block in the work folder."""
     return f"block_{index:04d}"
@@ -130,9 +145,9 @@ def _tell(run: Run, index: int) -> None:
     """Logs the relative errors of a block's layers, experts of one kind taken together, and the bits they take."""
     kinds: dict[str, list[float]] = {}
     for name in run.linears[index]:
-        kinds.setdefault(kind_of(name), []).append(run.layers[f"{run.blocks_name}.{index}.{name}"]["relative_error"])
+        kinds.setdefault(kind_of(name), []).append(run.layers[f"{run.names[index]}.{name}"]["relative_error"])
     errors = ", ".join(f"{kind.rpartition('.')[2]} {sum(e) / len(e):.3f}" for kind, e in kinds.items())
-    logger.info("%s.%d: relative error %s.", run.blocks_name, index, errors or "none, no layer to quantize")
+    logger.info("%s: relative error %s.", run.names[index], errors or "none, no layer to quantize")
 
 
 def _bits(run: Run) -> float:
@@ -142,26 +157,28 @@ def _bits(run: Run) -> float:
     return sum(8 * layer.quantized_weight().nbytes for layer in layers) / max(1, weights)
 
 
-def _advance(run: Run, index: int, full: Tensor | None, quantized: Tensor | None) -> None:
+def _advance(run: Run, index: int, full: Stream | None, quantized: Stream | None) -> None:
     """Quantizes one block, or takes it from the work folder, and moves both streams past it, in place."""
     block, name = run.blocks[index], _block_file(index)
     home = next(block.parameters()).device
     dtypes = dtypes_of(block)
     block.to(run.device, torch.float32)
+    if full is not None and index not in run.runner.order:
+        full = quantized = None  # text does not come here
     if full is not None:
         _move_stream(run, index, full)
     saved = run.work.load(name)
     if saved is None:
-        quantize_block_(run, index, quantized, full if full is None else full[: len(quantized)])
+        quantize_block_(run, index, quantized, full)
         restore_dtypes_(block, dtypes)
-        lines = {key: run.layers[f"{run.blocks_name}.{index}.{key}"] for key in run.linears[index]}
+        lines = {key: run.layers[f"{run.names[index]}.{key}"] for key in run.linears[index]}
         run.work.save(name, tunable_state(block), {"layers": lines, "seconds": run.seconds})
     else:
         tensors, note = saved
         lines, run.seconds = note["layers"], note["seconds"]
         load_block_(block, run.linears[index], tensors, run.config, run.device)
         restore_dtypes_(block, dtypes)
-        run.layers.update({f"{run.blocks_name}.{index}.{key}": line for key, line in lines.items()})
+        run.layers.update({f"{run.names[index]}.{key}": line for key, line in lines.items()})
     if quantized is not None:
         block.to(run.device, torch.float32)
         _move_stream(run, index, quantized)
@@ -170,16 +187,16 @@ def _advance(run: Run, index: int, full: Tensor | None, quantized: Tensor | None
 
 
 @torch.no_grad()
-def _move_stream(run: Run, index: int, stream: Tensor) -> None:
-    """Overwrites hidden states before block `index` with those after it."""
+def _move_stream(run: Run, index: int, stream: Stream) -> None:
+    """Moves a stream past block `index`."""
     start = time.perf_counter()
-    for hidden in batches(stream):
-        hidden.copy_(run.run_block(index, hidden))
-    check_finite(stream, f"{run.blocks_name}.{index}", "output")
+    stream.move(index, partial(run.call_block, index))
+    if stream.hidden is not None:
+        check_finite(stream.hidden, f"{run.names[index]}", "output")
     run.timed("running blocks", start)
 
 
-def _finetune_end_to_end(run: Run, tokens: Tensor, hidden: Tensor) -> dict[str, float]:
+def _finetune_end_to_end(run: Run, states: list[State]) -> dict[str, float]:
     """Tunes the whole model on the compute device; returns first and last loss."""
     home = next(run.model.parameters()).device
     dtypes = dtypes_of(run.model)
@@ -187,8 +204,7 @@ def _finetune_end_to_end(run: Run, tokens: Tensor, hidden: Tensor) -> dict[str, 
         module.to(run.device, torch.float32)
     losses, run.seconds["end-to-end fine-tuning"] = finetune_end_to_end_(
         run.runner,
-        steps(tokens),
-        steps(hidden),
+        states,
         epochs=run.config.e2e_finetune_epochs,
         peak=E2E_LEARNING_RATE,
         seed=run.config.seed,
@@ -205,7 +221,8 @@ def _calibration(run: Run, tokenizer: Any) -> Tensor | None:
     saved = run.work.load("calibration")
     if saved is not None:
         return saved[0].get("tokens")
-    tokens = distributed.first(lambda: calibration_tokens(run.model, tokenizer, run.config))
+    model = run.model if run.runner is None else run.runner.model
+    tokens = distributed.first(lambda: calibration_tokens(model, tokenizer, run.config))
     run.work.save("calibration", {} if tokens is None else {"tokens": tokens})
     return tokens
 

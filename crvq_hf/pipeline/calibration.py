@@ -36,8 +36,8 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> 
         config: its `dataset`, `seqlen`, `seed` and what `num_sequences` counts are used.
 
     Raises:
-        ValueError: no tokenizer or another model's, no such file or dataset, too little text, or sequences longer than
-            the model takes.
+        ValueError: no tokenizer or another model's, no such file or dataset, too little text, sequences longer than
+            the model takes, or a model that does not write text.
     """
     if config.dataset is None:
         return None
@@ -210,9 +210,17 @@ def self_written_tokens(model: nn.Module, nsamples: int, seqlen: int, seed: int)
     """Returns `[nsamples, seqlen]` tokens that the model samples from its own distribution.
 
     Sequences start with the model's start token, or with a random token where it has none.
+
+    Raises:
+        ValueError: it does not write text.
     """
+    if not (isinstance(model, PreTrainedModel) and model.can_generate()) or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} does not write text, so not its own calibration text either; "
+            "give dataset the path of a text file or a list of texts, or None (weights only)."
+        )
     vocabulary = model.get_input_embeddings().num_embeddings
-    first = model.config.get_text_config().bos_token_id
+    first = getattr(model.config.get_text_config(), "bos_token_id", None)
     if first is not None and not 0 <= first < vocabulary:  # some configs name a token that is not there
         first = None
     with torch.random.fork_rng():

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import CRVQConfig
-from ..modeling.blocks import BlockRunner
+from ..modeling.runner import BlockRunner, Gave, State
+from ..modeling.trees import hidden_of, map_tensors
 from ..resources.device import mixed_precision
 from ..resources.workfolder import WorkFolder
 
@@ -23,8 +24,8 @@ class Run:
         device: compute device.
         bfloat16: whether blocks run in mixed precision.
         linears: names of the layers to quantize, relative to their block, by block.
-        blocks_name: the name of `blocks` in the model.
-        blocks: the decoder blocks.
+        names: of the blocks in the model.
+        blocks: in the order in which they are quantized.
         work: the work folder.
         runner: runs the blocks; None without calibration text.
         layers: report lines by layer name.
@@ -36,7 +37,7 @@ class Run:
     device: torch.device
     bfloat16: bool
     linears: list[list[str]]
-    blocks_name: str
+    names: list[str]
     blocks: nn.ModuleList
     work: WorkFolder
     runner: BlockRunner | None = None
@@ -51,10 +52,22 @@ class Run:
         """Returns the context that blocks are run and trained in."""
         return mixed_precision(self.device, self.bfloat16)
 
-    def run_block(self, index: int, hidden: Tensor) -> Tensor:
-        """Returns the output of a block that is on the compute device, fp32."""
+    def call_block(self, index: int, state: State) -> Gave:
+        """Returns what a block that is on the compute device, in fp32, gives for some texts."""
+        arguments = self.runner.arguments(index, state)
+        hidden = hidden_of(arguments)
+
+        def take(tensor: Tensor) -> Tensor:
+            if tensor is hidden or (tensor.is_floating_point() and not self.bfloat16):
+                return tensor.to(self.device, torch.float32)
+            return tensor.to(self.device)
+
         with self.precision():
-            return self.runner.run(index, hidden.to(self.device, torch.float32), self.device).float()
+            return self.runner.call(index, map_tensors(arguments, take))
+
+    def run_block(self, index: int, state: State) -> Tensor:
+        """Returns the hidden states that a block on the compute device gives, fp32."""
+        return hidden_of(self.call_block(index, state).output).float()
 
 
 def check_finite(tensor: Tensor, name: str, what: str) -> None:

@@ -1,12 +1,14 @@
 """The streams of hidden states that run through the blocks: how they start, where they are kept, how they are cut."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..config import CRVQConfig
-from ..modeling.blocks import BlockRunner
+from ..modeling.runner import BlockRunner, Gave, State
+from ..modeling.trees import map_tensors
 from ..resources import distributed
 from ..resources.workfolder import WorkFolder
 
@@ -52,25 +54,108 @@ def steps(samples: Tensor) -> list[Tensor]:
     return [next(own) if owner == distributed.rank() else samples[:0] for owner in owners]
 
 
-def embed(runner: BlockRunner, tokens: Tensor, config: CRVQConfig, work: WorkFolder) -> tuple[Tensor, Tensor]:
-    """Returns what the first block receives, twice, in the model's dtype, on the CPU.
+def _in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+class Stream:
+    """This process's share of the texts on their way through the blocks, batch by batch, on the CPU.
+
+    What the last block gave is kept; what the next one is given, the model makes of it when it is needed.
+
+    Attributes:
+        states: of each batch.
+        hidden: the hidden states of all texts, that is `[sequences, seqlen, hidden_size]` for most models; None before
+            the first block, or where this process has no texts.
+    """
+
+    def __init__(self, runner: BlockRunner, tokens: Tensor, allocate: Callable[..., Tensor] | None = None):
+        """Starts before the first block.
+
+        Args:
+            runner: of the model.
+            tokens: `[sequences, seqlen]`; there may be none.
+            allocate: makes a tensor for the hidden states of all texts, of a shape and dtype; None: in memory.
+        """
+        self.runner, self.tokens, self._allocate = runner, tokens, allocate or _in_memory
+        self.states = [State(batch) for batch in batches(tokens)]
+        self.hidden: Tensor | None = None
+        self._index: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes, at most."""
+        return round(self.tokens.numel() * (self.runner.hidden_bytes + self.runner.other_bytes))
+
+    def move(self, index: int, call: Callable[[State], Gave]) -> None:
+        """Moves all texts past a block.
+
+        Args:
+            index: which block.
+            call: runs it, on any device and in any floating point dtype.
+        """
+        start, lists = 0, self.runner.lists
+        if self._index is not None and lists[index] != lists[self._index]:
+            self.hidden = None  # an encoder's hidden states stay
+        for number, state in enumerate(self.states):
+            self.states[number] = self._kept(state.then(call(state), lists[index]), index, start)
+            start += len(state)
+        self._index = index
+
+    def part(self, start: int, stop: int) -> State:
+        """Returns the state of sequences `start` to `stop`, which are in one batch; views."""
+        before = 0
+        for state in self.states:
+            if start < before + len(state):
+                leaves = [] if self._index is None else self.runner.leaves[self._index]
+                return state.part(start - before, stop - before, leaves)
+            before += len(state)
+        raise IndexError(f"there is no sequence {start}")
+
+    def steps(self, count: int | None = None) -> list[State]:
+        """Returns the states of each step of fine-tuning, see `steps`, of the first `count` sequences (None: all)."""
+        states, start = [], 0
+        for tokens in steps(self.tokens[:count]):
+            states.append(self.part(start, start + len(tokens)) if len(tokens) else State(tokens))
+            start += len(tokens)
+        return states
+
+    def _kept(self, state: State, index: int, start: int) -> State:
+        """Returns a state as it is kept: in the model's dtypes, new hidden states where those of all texts are."""
+        leaves, hidden = iter(self.runner.leaves[index]), state.hidden
+
+        def keep(tensor: Tensor) -> Tensor:
+            leaf = next(leaves)
+            if tensor is not hidden or leaf.dim is None:
+                return tensor.to("cpu", leaf.dtype)
+            shape = list(tensor.shape)
+            shape[leaf.dim] = len(self)
+            if self.hidden is None or list(self.hidden.shape) != shape:
+                self.hidden = self._allocate(tuple(shape), leaf.dtype)
+            place = self.hidden.narrow(leaf.dim, start, tensor.shape[leaf.dim])
+            return place.copy_(tensor)
+
+        return State(state.tokens, map_tensors(state.gaves, keep))
+
+
+def start_streams(runner: BlockRunner, tokens: Tensor, config: CRVQConfig, work: WorkFolder) -> tuple[Stream, Stream]:
+    """Returns two streams before the first block: this process's share of all tokens, and of the first `nsamples`.
 
     Args:
         runner: of the model.
         tokens: `[sequences, seqlen]`, those of all processes.
         config: its `nsamples` is used.
-        work: where a large stream is kept.
-
-    Returns:
-        For this process's share of all `tokens`, `[sequences, seqlen, hidden_size]`, on the disk if large; for its
-        share of the first `nsamples` of them.
+        work: where the hidden states of the first are kept if they are large.
 
     Raises:
         ValueError: they do not fit in memory or on the disk.
     """
-    width, dtype = runner.model.config.get_text_config().hidden_size, runner.model.dtype
     first, tokens = share(tokens[: config.nsamples]), share(tokens)
-    needed, more = (t.numel() * width * dtype.itemsize for t in (first, tokens))
+    needed = round(first.numel() * runner.hidden_bytes + (first.numel() + tokens.numel()) * runner.other_bytes)
+    more = round(tokens.numel() * runner.hidden_bytes)
     available = distributed.free_memory_bytes()
     on_disk = more > MEMORY_SHARE * available
     needed += 0 if on_disk else more
@@ -81,8 +166,4 @@ def embed(runner: BlockRunner, tokens: Tensor, config: CRVQConfig, work: WorkFol
             f"The activations of {first.numel()} calibration tokens need {needed / 1e9:.1f} GB of memory, "
             f"{available / 1e9:.1f} GB are free; lower nsamples or seqlen."
         )
-    shape = (*tokens.shape, width)
-    full = work.scratch(shape, dtype) if on_disk else torch.empty(shape, dtype=dtype, device="cpu")
-    for batch, place in zip(batches(tokens), batches(full), strict=True):
-        place.copy_(runner.embed(batch))
-    return full, full[: len(first)].clone()
+    return Stream(runner, tokens, work.scratch if on_disk else None), Stream(runner, first)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.utils import logging as transformers_logging
 
-from ..modeling.blocks import BlockRunner
+from ..modeling.runner import BlockRunner, State, run_on_text
+from ..modeling.trees import map_tensors
 from ..resources import distributed
 from ..resources.workfolder import WorkFolder
 from .losses import distillation_loss
@@ -26,8 +27,7 @@ _NAME = "end_to_end"
 
 def finetune_end_to_end_(
     runner: BlockRunner,
-    batches: Sequence[Tensor],
-    hidden: Sequence[Tensor],
+    states: Sequence[State],
     *,
     epochs: int,
     peak: float,
@@ -42,9 +42,8 @@ def finetune_end_to_end_(
 
     Args:
         runner: of the quantized model; the model is on the compute device, in fp32.
-        batches: tokens, `[batch, seqlen]` each. Of several processes each has some, and empty ones in place of the
-            others'.
-        hidden: the full-precision model's last hidden states, `[batch, seqlen, hidden_size]` each.
+        states: texts past the full-precision model's last block. Of several processes each has some, and empty ones in
+            place of the others'.
         epochs: passes over the batches.
         peak: learning rate.
         seed: of the order of batches.
@@ -57,13 +56,13 @@ def finetune_end_to_end_(
     """
     model = runner.model
     device = next(model.parameters()).device
-    order = shuffled(len(batches), epochs, seed)
+    order = shuffled(len(states), epochs, seed)
     losses: list[float] = []
     with (
         frozen(model),  # embedding and head too: nobody needs their gradients
         _cast_head(model, precision),
         tunable(runner.blocks) as parameters,
-        _saving_memory(runner, hidden, precision),
+        _saving_memory(runner, states, precision),
     ):
         trainer = Trainer(parameters, len(order), peak)
         first, spent = _resume(work, trainer, losses)
@@ -72,10 +71,10 @@ def finetune_end_to_end_(
         bar = transformers_logging.tqdm(total=len(order), initial=first, desc="end-to-end fine-tuning", unit="step")
         for number in range(first, len(order)):
             index, loss = order[number], None
-            if len(batches[index]):
+            if len(states[index]):
                 with precision():
-                    teacher = runner.logits(hidden[index].to(device, torch.float32))
-                    logits = model(input_ids=batches[index].to(device), use_cache=False).logits
+                    teacher = runner.logits(_on(device, states[index]))
+                    logits = run_on_text(model, states[index].tokens.to(device)).logits
                 loss = distillation_loss(logits, teacher)
             losses.append(trainer.step(number, loss))
             bar.update()
@@ -108,28 +107,36 @@ def _cast_head(model: nn.Module, precision: Callable[[], AbstractContextManager]
 
 
 def _saving_memory(
-    runner: BlockRunner, hidden: Sequence[Tensor], precision: Callable[[], AbstractContextManager]
+    runner: BlockRunner, states: Sequence[State], precision: Callable[[], AbstractContextManager]
 ) -> AbstractContextManager:
     """Returns a context in which blocks are computed again for the backward, if memory is too small without that.
 
     Slower by the third that a second forward is; the result is the same, bit for bit.
     """
-    step = next((states for states in hidden if len(states)), None)
+    step = next((state.tokens for state in states if len(state)), None)
     if step is None:
         return nullcontext()
     device = next(runner.model.parameters()).device
-    needed = _saved_bytes(runner, step.to(device, torch.float32), precision) * len(runner.blocks)
+    needed = _saved_bytes(runner, step, precision) * len(runner.blocks)
     free = distributed.free_memory_bytes(device)
     if needed <= MEMORY_SHARE * free:
         return nullcontext()
     logger.info(
         "Blocks are computed twice a step: a step of %d tokens would keep %.1f GB, %.1f GB are free.",
-        *(step.shape[:2].numel(), needed / 1e9, free / 1e9),
+        *(step.numel(), needed / 1e9, free / 1e9),
     )
     return runner.recomputing()
 
 
-def _saved_bytes(runner: BlockRunner, hidden: Tensor, precision: Callable[[], AbstractContextManager]) -> int:
+def _on(device: torch.device, state: State) -> State:
+    """Returns a state on `device`, numbers in fp32."""
+    return State(
+        state.tokens,
+        map_tensors(state.gaves, lambda t: t.to(device, torch.float32 if t.is_floating_point() else t.dtype)),
+    )
+
+
+def _saved_bytes(runner: BlockRunner, tokens: Tensor, precision: Callable[[], AbstractContextManager]) -> int:
     """Returns the bytes that autograd keeps of one block for the backward, the model's own tensors aside."""
     own = {t.data_ptr() for t in (*runner.model.parameters(), *runner.model.buffers())}
     kept: dict[int, int] = {}
@@ -140,8 +147,10 @@ def _saved_bytes(runner: BlockRunner, hidden: Tensor, precision: Callable[[], Ab
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    first = runner.order[0]
+    arguments = runner.arguments(first, State(tokens))
     with precision(), saved_tensors_hooks(note, lambda tensor: tensor):
-        output = runner.run(0, hidden, hidden.device)
+        output = runner.call(first, arguments)
     del output  # alive until here, so that no two tensors share an address
     return sum(kept.values())
 

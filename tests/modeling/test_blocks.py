@@ -3,9 +3,10 @@
 import pytest
 import torch
 import transformers
+from many_models import build
 from torch import nn
 
-from crvq_hf.modeling.blocks import find_blocks
+from crvq_hf.modeling.blocks import block_names, find_block_lists, find_blocks, for_each_input, survey
 
 
 @pytest.mark.parametrize(
@@ -40,12 +41,79 @@ def test_unknown_model_has_its_blocks_in_the_biggest_list():
     assert find_blocks(Model())[0] == "trunk"
 
 
-def test_encoder_decoder_is_refused():
+def git():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    vision = sizes | {"num_hidden_layers": 6, "image_size": 16, "patch_size": 8}
+    return transformers.GitForCausalLM(
+        transformers.GitConfig(vision_config=vision, vocab_size=64, num_hidden_layers=2, **sizes)
+    )
+
+
+def clip():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=sizes
+            | {"model_type": "clip_vision_model", "num_hidden_layers": 6, "image_size": 16, "patch_size": 8},
+            text_config=sizes | {"model_type": "gpt_neox", "vocab_size": 64, "num_hidden_layers": 2},
+            image_token_index=60,
+        )
+    )
+
+
+@pytest.mark.parametrize(("make", "name"), [(git, "git.encoder.layer"), (clip, "model.language_model.layers")])
+def test_blocks_are_those_of_the_text_not_of_a_larger_vision_tower(make, name):
+    assert find_blocks(make())[0] == name
+
+
+class UsesOneTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.up, self.down = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.router(self.down(self.up(x) + self.router(x)))
+
+
+@torch.no_grad()
+def test_every_use_of_a_layer_counts():
+    """As Gemma 3n uses its routers: before its layers and after them."""
+    block, x, seen = UsesOneTwice(), torch.randn(1, 5, 8), []
+    stages, energies, repeated = survey(block, ["router", "up", "down"], lambda: block(x))
+    assert repeated == {"router"} and [["router"], ["up"]] == sorted(group for group in stages[0] + stages[1])
+    last = block.down(block.up(x) + block.router(x))
+    largest = max(float(inputs.square().sum((0, 1)).max()) for inputs in (x, last))
+    assert energies["router"] == pytest.approx(largest)
+    forwards = [lambda: block(x)] * 2
+    for_each_input(block, ["router"], lambda name, inputs: seen.append(inputs), iter(forwards), repeated)
+    assert len(seen) == 4 and torch.equal(seen[1], last)
+    seen.clear()
+    for_each_input(block, ["up"], lambda name, inputs: seen.append(inputs), iter(forwards), repeated)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [
+        ("an encoder and its decoder", ["encoder.block", "decoder.block"]),
+        ("the same, positions learned", ["model.encoder.layers", "model.decoder.layers"]),
+        ("sound", ["model.encoder.layers", "model.decoder.layers"]),
+        ("an encoder", ["bert.encoder.layer"]),
+    ],
+)
+def test_an_encoder_comes_before_its_decoder(architecture, names):
+    lists = find_block_lists(build(architecture))
+    assert list(lists) == names and [len(blocks) for blocks in lists.values()] == [2] * len(names)
+    assert block_names(lists)[0] == names[0] + ".0" and len(block_names(lists)) == 2 * len(names)
+
+
+def test_an_encoder_decoder_without_lists_is_refused():
     config = transformers.T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with torch.device("meta"):
         model = transformers.T5ForConditionalGeneration(config)
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
-        find_blocks(model)
+    model.encoder.block = nn.Sequential()
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model whose lists"):
+        find_block_lists(model)
 
 
 def test_model_without_blocks_is_refused():

@@ -12,41 +12,26 @@ from transformers.pytorch_utils import Conv1D
 from whole_models import ARCHITECTURES, FIELDS, OFF, equal_state, logits_of, make, quantized_layers, tokens_for
 
 from crvq_hf import CRVQConfig, CRVQLinear
-from crvq_hf.modeling.blocks import BlockRunner, find_blocks, linear_stages
+from crvq_hf.modeling.blocks import find_blocks, linear_stages
 from crvq_hf.modeling.experts import unfuse_experts_
+from crvq_hf.modeling.rehearsal import rehearse
+from crvq_hf.modeling.runner import Gave, State
 from crvq_hf.pipeline import block_loop as pipeline
 from crvq_hf.pipeline import quantize_block
 from crvq_hf.pipeline.calibration import calibration_tokens
 
 pytestmark = pytest.mark.usefixtures("precision", "quiet")
 
-# Running blocks one at a time
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_blocks_run_one_by_one_make_the_same_logits(architecture, attention):
-    model = make(architecture, attention=attention)
-    tokens, runner = tokens_for(model), BlockRunner(model)
-    with torch.no_grad():
-        hidden = runner.embed(tokens)
-        for index in range(len(runner.blocks)):
-            hidden = runner.run(index, hidden, "cpu")
-            # Another batch size, as the last batch may have, is no problem either.
-            torch.testing.assert_close(runner.run(index, torch.randn(2, 16, 32), "cpu").shape, torch.Size([2, 16, 32]))
-    expected = logits_of(model, tokens)
-    assert expected.std() > 0.01
-    torch.testing.assert_close(runner.logits(hidden), expected, rtol=1e-4, atol=1e-5)
-    assert all("forward" not in block.__dict__ for block in runner.blocks)
+# What shares an input
 
 
 def test_stages_of_a_block_follow_its_data():
     model = make("qwen3_moe", num_experts=6, num_experts_per_tok=1)
     unfuse_experts_(model)
-    runner = BlockRunner(model)
-    hidden = runner.embed(tokens_for(model, (1, 3)))  # reaches at most three of the six experts
+    runner = rehearse(model)
+    arguments = runner.arguments(0, State(tokens_for(model, (1, 3))))  # reaches at most three of the six experts
     names = [n for n, m in runner.blocks[0].named_modules() if type(m) is nn.Linear]
-    stages = linear_stages(runner.blocks[0], names, lambda: runner.run(0, hidden, "cpu"))
+    stages = linear_stages(runner.blocks[0], names, lambda: runner.call(0, arguments))
     assert [set(name.split(".")[-1] for group in stage for name in group) for stage in stages] == [
         {"q_proj", "k_proj", "v_proj"},
         {"o_proj"},
@@ -250,18 +235,20 @@ def test_every_layer_is_calibrated_on_what_the_quantized_ones_before_it_leave(
     monkeypatch.setattr(pipeline, "calibration_tokens", lambda *args: tokens.append(calibration(*args)) or tokens[0])
 
     def spy(run, index, name, hessian):
-        hessians[f"{run.blocks_name}.{index}.{name}"] = hessian.clone()
+        hessians[f"{run.names[index]}.{name}"] = hessian.clone()
         quantize_linear(run, index, name, hessian)
 
     def no_tuning(block, run, inputs, targets, *, dense, **fields):
         still_dense.append(set(dense))
         assert still_dense[-1] == {name for name, module in block.named_modules() if is_to_be_quantized(module)}
         if not dense:
-            tuned.append([torch.cat(tuple(batches)).clone() for batches in (inputs, targets)])
+            runner = rehearse(make(architecture))
+            given = [runner.arguments(len(tuned), state)[0][0] for state in inputs]
+            tuned.append([torch.cat(tuple(batches)).clone() for batches in (given, targets)])
 
-    def no_tuning_end_to_end(runner, batches, hidden, **fields):
-        lines.append([torch.cat(tuple(batches)), torch.cat(tuple(hidden)).clone()])
-        return {"first": 0.0, "last": 0.0}
+    def no_tuning_end_to_end(runner, states, **fields):
+        lines.append([torch.cat([state.tokens for state in states]), torch.cat([state.hidden for state in states])])
+        return {"first": 0.0, "last": 0.0}, 0.0
 
     monkeypatch.setattr(quantize_block, "_quantize_linear", spy)
     monkeypatch.setattr(quantize_block, "finetune_block_", no_tuning)
@@ -296,11 +283,10 @@ def test_every_layer_is_calibrated_on_what_the_quantized_ones_before_it_leave(
             torch.testing.assert_close(targets, full.hidden_states[1][:6], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(tuned[0][0], full.hidden_states[0][:6])
     assert not torch.allclose(tuned[1][0], full.hidden_states[1][:6], atol=1e-3)
-    batches, hidden = lines[0]
-    assert torch.equal(batches, tokens[0])
-    runner = BlockRunner(make(architecture))
-    runner.embed(tokens[0])
-    torch.testing.assert_close(runner.logits(hidden), full.logits, rtol=1e-3, atol=1e-3)
+    own_tokens, hidden = lines[0]
+    assert torch.equal(own_tokens, tokens[0])
+    state = State(own_tokens, (Gave(hidden, []),))
+    torch.testing.assert_close(rehearse(make(architecture)).logits(state), full.logits, rtol=1e-3, atol=1e-3)
 
 
 def test_layers_that_share_an_input_share_a_hessian(quantize, monkeypatch):

@@ -99,8 +99,8 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, quantize, monkeypatch
     whole = quantize(killed_model(), "whole")
     assert len(steps) == 5  # an epoch of five batches
     monkeypatch.setattr(quantize_block, "fit_weight", None)
-    run_block, ran = Run.run_block, []
-    monkeypatch.setattr(Run, "run_block", lambda *args: ran.append(args[1]) or run_block(*args))
+    call_block, ran = Run.call_block, []
+    monkeypatch.setattr(Run, "call_block", lambda *args: ran.append(args[1]) or call_block(*args))
     resumed = quantize(killed_model(), "killed")
     assert len(steps) == 5 + 3
     assert ran == [0] * 3 + [1] * 3 + [2] * 3  # only the full-precision model, for the targets

@@ -1,0 +1,206 @@
+"""`rehearse`: whether the blocks of a model, run one at a time, give what they give in the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .blocks import block_names, find_block_lists
+from .runner import BlockRunner, Leaf, State, replaced_forwards, run_on_text
+from .trees import hidden_of, tensors_of
+
+_SEQLEN = 8
+_TOLERANCE = 1e-2  # relative; the same operations on the same numbers, so what differs at all differs by far more
+
+
+class _Record(NamedTuple):
+    """What a run of a whole model has shown: the blocks it runs, their hidden states, its output."""
+
+    tokens: Tensor
+    order: list[int]
+    outputs: list[Tensor]
+    output: Any
+
+
+@torch.no_grad()
+def rehearse(model: nn.Module) -> BlockRunner:
+    """Returns a runner of a model's blocks, after it has given what the model gives on three batches of a few tokens.
+
+    Two of them are different texts of one shape, the third has more texts.
+
+    Args:
+        model: in evaluation mode; it is run as it is, where it is.
+
+    Raises:
+        ValueError: the model cannot be run on text alone, runs a block more than once, or hands on something from
+            block to block that cannot be kept.
+    """
+    kind, lists = type(model).__name__, find_block_lists(model)
+    names = block_names(lists)
+    blocks = nn.ModuleList(block for blocks in lists.values() for block in blocks)
+    text_model, records = _records(model, list(lists)[-1], blocks)
+    order = records[0].order
+    if any(record.order != order for record in records) or order != sorted(set(order)):
+        again = next((index for position, index in enumerate(order) if index in order[:position]), None)
+        how = "does not run them one after the other" if again is None else f"runs {names[again]} more than once"
+        raise ValueError(
+            f"The blocks of {kind} cannot be calibrated one by one, it {how} in one pass; "
+            "use dataset=None (weights only)."
+        )
+    which = [number for number, blocks in enumerate(lists.values()) for _ in blocks]
+    names = [f"{kind}: {name}" for name in names]
+    try:
+        return _rehearsed(BlockRunner(text_model, blocks, which, order, keeps_all=False), records, names)
+    except ValueError:  # later blocks do need what it did not keep
+        return _rehearsed(BlockRunner(text_model, blocks, which, order, keeps_all=True), records, names)
+
+
+def _rehearsed(runner: BlockRunner, records: list[_Record], names: list[str]) -> BlockRunner:
+    """Returns `runner` with what running its blocks one by one tells about them, compared with `records`."""
+    states = [State(record.tokens) for record in records]
+    for number, index in enumerate(runner.order):
+        for which, record in enumerate(records):
+            with _refusing(names[index]):
+                arguments = runner.arguments(index, states[which])
+                if record is records[-1]:
+                    runner.call(index, arguments)  # as it will be called more than once: that must change nothing
+                gave = runner.call(index, arguments)
+                _compare(hidden_of(gave.output), record.outputs[number])
+                states[which] = states[which].then(gave, runner.lists[index])
+        with _refusing(names[index]):
+            runner.leaves[index] = _leaves(states[0], states[-1])
+            _count_bytes(runner, states[0])
+    for record, state in zip(records, states, strict=True):
+        with _refusing(f"{names[0]} and the rest of it"):
+            _compare(hidden_of(runner.output(state)), hidden_of(record.output))
+    logits = getattr(records[0].output, "logits", None)
+    head = runner.model.get_output_embeddings() if isinstance(runner.model, PreTrainedModel) else None
+    runner.has_head = head is not None and logits is not None and logits.shape[:2] == records[0].tokens.shape
+    return runner
+
+
+def _records(model: nn.Module, name: str, blocks: nn.ModuleList) -> tuple[nn.Module, list[_Record]]:
+    """Returns the outermost model around the blocks that takes text alone, and what runs of it have shown.
+
+    Raises:
+        ValueError: there is none.
+    """
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        around = [model]  # a decoder without its encoder sees something else
+    problem: Exception | None = None
+    for candidate in around:
+        if candidate is not model and not isinstance(candidate, PreTrainedModel):
+            continue
+        try:
+            records = [_record(candidate, blocks, tokens) for tokens in _probes(candidate)]
+        except Exception as error:  # whatever a model raises that misses its images, say
+            problem = problem or error
+            continue
+        if records[0].order:
+            return candidate, records
+    reads = getattr(model, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        why = f"it reads {reads}"
+    else:
+        why = f"its text does not reach {name}" if problem is None else _words(problem)
+    raise ValueError(
+        f"{type(model).__name__} cannot be calibrated on text alone ({why}); use dataset=None (weights only)."
+    ) from problem
+
+
+def _probes(model: nn.Module) -> list[Tensor]:
+    """Returns three batches of tokens: two of one shape, one with more texts; at the end of one text is padding."""
+    config = model.config.get_text_config()
+    named = [*config.to_dict().items(), *model.config.to_dict().items()]
+    values = [value for name, value in named if "_token_id" in name or "_token_index" in name]
+    ids = {token for value in values for token in (value if isinstance(value, list) else [value])}
+    vocabulary = getattr(config, "vocab_size", None) or model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(vocabulary, (1024,), generator=torch.Generator().manual_seed(0)).tolist()
+    plain = [token for token in tokens if token not in ids] or tokens  # not the place of an image, say
+    sizes = [2 * _SEQLEN, 2 * _SEQLEN, 3 * _SEQLEN]
+    texts = torch.tensor((plain * sum(sizes))[: sum(sizes)]).split(sizes)
+    batches = [text.view(-1, _SEQLEN) for text in texts]
+    pad = getattr(config, "pad_token_id", None)
+    if isinstance(pad, int) and 0 <= pad < vocabulary:
+        batches[1][0, -1] = pad
+    return batches
+
+
+def _record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> _Record:
+    """Runs a whole model on `tokens` and notes what its blocks give."""
+    order, outputs = [], []
+
+    def noting(index: int) -> Callable[..., Any]:
+        block_forward = blocks[index].forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = block_forward(*args, **kwargs)
+            order.append(index)
+            outputs.append(hidden_of(output).clone())  # as it is now: the model may go on in place
+            return output
+
+        return forward
+
+    with replaced_forwards(blocks, {index: noting(index) for index in range(len(blocks))}):
+        output = run_on_text(model, tokens.to(next(model.parameters()).device))
+    return _Record(tokens, order, outputs, output)
+
+
+@contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    """Makes whatever goes wrong inside a refusal that names the place."""
+    try:
+        yield
+    except Exception as error:  # whatever a model raises that is not run as it is meant to
+        raise ValueError(
+            f"{where}, run block by block, does not give what it gives in the whole model ({_words(error)}), so it "
+            "cannot be calibrated; use dataset=None (weights only)."
+        ) from error
+
+
+def _words(error: Exception) -> str:
+    """Returns an error in one line."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{text:.160}" if isinstance(error, _Differs) else f"{type(error).__name__}: {text:.160}"
+
+
+class _Differs(Exception):
+    """What was found is not what was wanted."""
+
+
+def _compare(found: Tensor, wanted: Tensor) -> None:
+    """Raises `_Differs` if two tensors differ."""
+    if found.shape != wanted.shape:
+        raise _Differs(f"shape {tuple(found.shape)} instead of {tuple(wanted.shape)}")
+    found, wanted = (tensor.double().nan_to_num() for tensor in (found, wanted))
+    error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    if error > _TOLERANCE:
+        raise _Differs(f"it is off by {error:.2g} of its size")
+
+
+def _leaves(two: State, three: State) -> list[Leaf]:
+    """Returns the leaves of what a block gives, from what it gave for two and for three texts."""
+    leaves = []
+    for one, other in zip(tensors_of(two.gaves), tensors_of(three.gaves), strict=True):
+        differing = [dim for dim in range(one.dim()) if one.shape[dim] != other.shape[dim]]
+        if one.dim() != other.dim() or len(differing) > 1:
+            raise _Differs(f"shapes {tuple(one.shape)} and {tuple(other.shape)} for 2 and for 3 texts")
+        if differing and one.shape[differing[0]] * len(three) != other.shape[differing[0]] * len(two):
+            raise _Differs(f"shapes {tuple(one.shape)} and {tuple(other.shape)} for 2 and for 3 texts")
+        leaves.append(Leaf(one.dtype, differing[0] if differing else None))
+    return leaves
+
+
+def _count_bytes(runner: BlockRunner, state: State) -> None:
+    """Notes how many bytes per token a block gives."""
+    total = sum(tensor.nbytes for tensor in tensors_of(state.gaves)) / state.tokens.numel()
+    hidden = state.hidden.nbytes / state.tokens.numel()
+    runner.hidden_bytes = max(runner.hidden_bytes, hidden)
+    runner.other_bytes = max(runner.other_bytes, total - hidden)
