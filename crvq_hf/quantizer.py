@@ -31,7 +31,7 @@ from .modeling.embedding import (
     fix_vocabulary_,
     replace_embeddings_,
 )
-from .modeling.experts import UnfusedExperts, fuse_experts_
+from .modeling.experts import UnfusedExperts, check_fusable, fuse_experts_
 from .modeling.frozen import freeze_
 from .modeling.linear import CRVQLinear
 from .modeling.replace import quantizable_linears, replace_with_crvq_, to_dense, unfuse_experts_to_quantize_
@@ -143,6 +143,7 @@ class CRVQQuantizer(HfQuantizer):
                 "Dequantizing needs the whole model on one device; load it without offloading, "
                 "for example with device_map='cpu'."
             )
+        check_fusable(model)
         for name, layer in layers.items():
             model.set_submodule(name, to_dense(layer, dtype))
         dequantize_embeddings_(model, dtype)

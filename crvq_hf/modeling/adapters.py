@@ -13,6 +13,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from .experts import UnfusedExperts
 from .linear import CRVQLinear
 from .replace import to_dense
 
+_moving: ContextVar[bool] = ContextVar("moving", default=False)  # tensors, which accelerate finds as attributes
+
 
 class _ShowsDense:
     """Makes `weight` the dense weight of a quantized layer, to be read; `packed` is the parameter of that name."""
@@ -35,6 +38,8 @@ class _ShowsDense:
         dtype = self.compute_dtype
         if torch.compiler.is_compiling():
             return self.dequantize(dtype)
+        if _moving.get():
+            return self.packed
         return DenseWeight(
             lambda: _read(self, dtype), torch.empty(_shape(self), dtype=dtype, device="meta"), self.packed.device
         )
@@ -78,11 +83,15 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def _read(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    _refuse_offloaded(layer)
+    return layer.dequantize(dtype)
+
+
+def _refuse_offloaded(layer: nn.Module) -> None:
     if layer.packed.is_meta:
         raise ValueError(
-            "This PEFT method reads the weight of a layer that is offloaded; load the model without offloading."
+            "These PEFT settings need the weight of a layer that is offloaded; load the model without offloading."
         )
-    return layer.dequantize(dtype)
 
 
 def show_dense_weights_(model: nn.Module) -> bool:
@@ -94,10 +103,10 @@ def show_dense_weights_(model: nn.Module) -> bool:
 
 def dense_copy(module: nn.Module) -> nn.Module:
     """Returns a copy of a module with dense layers, which can be trained, in the place of quantized ones."""
-    if isinstance(module, CRVQLinear):
-        return to_dense(module, module.compute_dtype)
-    if isinstance(module, (Int8Embedding, Int8Head)):
-        return module.to_dense(module.compute_dtype)
+    if isinstance(module, QUANTIZED):
+        _refuse_offloaded(module)
+        dtype = module.compute_dtype
+        return to_dense(module, dtype) if isinstance(module, CRVQLinear) else module.to_dense(dtype)
     copied = copy.deepcopy(module)
     for name, layer in list(copied.named_modules()):
         if isinstance(layer, QUANTIZED):
@@ -251,6 +260,15 @@ def _update(update: Callable, self: nn.Module, *args: Any, **kwargs: Any) -> Non
         self.original_module = original
 
 
+def _move(move: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Stands around accelerate's `set_module_tensor_to_device`: what is moved are codes."""
+    token = _moving.set(True)
+    try:
+        return move(*args, **kwargs)
+    finally:
+        _moving.reset(token)
+
+
 def _count(count: Callable, self: nn.Module) -> tuple[int, int]:
     """Stands around `PeftModel.get_nb_trainable_parameters`: weights are counted, not what stores them."""
     trainable, every = count(self)
@@ -263,6 +281,7 @@ def _first_line(error: Exception) -> str:
 
 
 WRAPPED = {
+    "accelerate.hooks": {"set_module_tensor_to_device": _move},
     "peft.tuners.tuners_utils": {
         "BaseTuner.inject_adapter": _inject,
         "BaseTuner.merge_and_unload": _merge,

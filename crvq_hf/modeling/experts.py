@@ -129,6 +129,21 @@ def fuse_experts_(model: nn.Module) -> None:
             model.set_submodule(name, module.fuse())
 
 
+def check_fusable(model: nn.Module) -> None:
+    """Checks that `fuse_experts_` will lose nothing.
+
+    Raises:
+        ValueError: experts have adapters of PEFT, for which fused experts have no place.
+    """
+    for name, module in model.named_modules():
+        layers = [layer for expert in module.children() for layer in expert.children()]
+        if isinstance(module, UnfusedExperts) and not all(isinstance(layer, nn.Linear) for layer in layers):
+            raise ValueError(
+                f"The experts of {name} have adapters, which would be lost where experts are fused, as they are in a "
+                "dense model; unload the adapters first, or keep the model quantized."
+            )
+
+
 def _unknown_layout(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
     """Returns why `UnfusedExperts` would not compute what `module` does, or an empty string."""
     if not (hasattr(module, "_apply_gate") and hasattr(module, "config") and getattr(module, "has_gate", False)):

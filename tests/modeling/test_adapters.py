@@ -176,6 +176,16 @@ def test_experts(architecture, targets, tmp_path):
     assert torch.equal(logits(direct, tokens), logits(adapted, tokens))
 
 
+def test_adapters_of_experts_are_not_lost_in_a_dense_model():
+    model, tokens = quantized_model("qwen3_moe"), torch.arange(12).view(2, 6)
+    adapted = peft.get_peft_model(model, random_lora(target_modules=["down_proj"]))
+    expected = logits(adapted, tokens)
+    with pytest.raises(ValueError, match=r"experts of model.layers.0.mlp.experts have adapters.*unload"):
+        model.dequantize()
+    assert torch.equal(logits(adapted, tokens), expected)
+    adapted.unload().dequantize()
+
+
 @pytest.mark.parametrize(
     ("target", "match"),
     [
@@ -256,12 +266,37 @@ def test_copies_pickles_and_graphs(tmp_path):
     torch.testing.assert_close(logits(compiled, tokens), expected)
 
 
-def test_an_offloaded_weight_is_not_read():
-    layer = quantized_model("llama").model.layers[0].to("meta")
-    adapters.show_dense_weights_(layer)
-    assert layer.mlp.up_proj.weight.is_meta
-    with pytest.raises(ValueError, match="reads the weight of a layer that is offloaded"):
-        layer.mlp.up_proj.weight.sum()
+@pytest.fixture
+def offloaded(tmp_path):
+    """A model whose first block is on the disk."""
+    quantized_model("llama").save_pretrained(tmp_path / "model")
+    here = ["model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys(here, "cpu") | {"model.layers.0": "disk"}
+    return AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk"
+    )
+
+
+def test_adapters_beside_offloaded_layers(offloaded):
+    found = []
+    for model in (quantized_model("llama"), offloaded):
+        torch.manual_seed(1)
+        adapted = peft.get_peft_model(model, random_lora(target_modules=["layers.1.mlp.up_proj"], use_dora=True))
+        found.append(logits(adapted, torch.arange(12).view(2, 6)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["layers.0.mlp.up_proj"], "use_dora": True},
+        {"target_modules": ["layers.1.mlp.up_proj"], "modules_to_save": ["layers.0.mlp.up_proj"]},
+    ],
+    ids=["DoRA", "modules_to_save"],
+)
+def test_offloaded_weights_are_not_read(offloaded, fields):
+    with pytest.raises(ValueError, match="need the weight of a layer that is offloaded; load the model without"):
+        peft.get_peft_model(offloaded, random_lora(**fields))
 
 
 @pytest.mark.parametrize("attribute", ["set", "delete"])
