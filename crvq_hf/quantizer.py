@@ -24,14 +24,15 @@ from .modeling.blocks import find_blocks
 from .modeling.embedding import (
     Int8Embedding,
     Int8Head,
+    answer_dtypes_,
     dequantize_embeddings_,
     find_embeddings,
-    fix_vocabulary_,
     replace_embeddings_,
 )
 from .modeling.experts import UnfusedExperts, fuse_experts_
 from .modeling.linear import CRVQLinear
 from .modeling.replace import quantizable_linears, replace_with_crvq_, to_dense, unfuse_experts_to_quantize_
+from .modeling.vocabulary import fix_vocabulary_
 
 
 class CRVQQuantizer(HfQuantizer):
@@ -115,6 +116,7 @@ class CRVQQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, CRVQLinear):
                 module.tile_()
+        answer_dtypes_(model)
         fix_vocabulary_(model)
         model.add_model_tags([QUANT_METHOD])
         model.push_to_hub = partial(_push_to_hub, model)
