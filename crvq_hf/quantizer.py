@@ -31,7 +31,14 @@ from .modeling.embedding import (
 )
 from .modeling.experts import UnfusedExperts, fuse_experts_
 from .modeling.linear import CRVQLinear
-from .modeling.replace import quantizable_linears, replace_with_crvq_, to_dense, unfuse_experts_to_quantize_
+from .modeling.replace import (
+    mark_quantized,
+    quantizable_linears,
+    replace_with_crvq_,
+    to_dense,
+    unfuse_experts_to_quantize_,
+)
+from .modeling.stacks import StackedLinears, fuse_stacks_
 from .modeling.vocabulary import fix_vocabulary_
 
 
@@ -108,7 +115,7 @@ class CRVQQuantizer(HfQuantizer):
     def attach(self, model: PreTrainedModel) -> None:
         """Makes `model` one that transformers knows to be quantized and can save."""
         model.config.quantization_config = self.quantization_config
-        _mark_quantized(model, True)
+        mark_quantized(model, True)
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
         model.hf_quantizer = self
@@ -120,7 +127,9 @@ class CRVQQuantizer(HfQuantizer):
         fix_vocabulary_(model)
         model.add_model_tags([QUANT_METHOD])
         model.push_to_hub = partial(_push_to_hub, model)
-        self.is_compileable = not any(isinstance(module, UnfusedExperts) for module in model.modules())
+        self.is_compileable = not any(
+            isinstance(module, (UnfusedExperts, StackedLinears)) for module in model.modules()
+        )
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Turns every layer back into a dense one, as if the model had been loaded from a dense checkpoint."""
@@ -137,7 +146,8 @@ class CRVQQuantizer(HfQuantizer):
         dequantize_embeddings_(model, dtype)
         fix_vocabulary_(model)
         fuse_experts_(model)
-        _mark_quantized(model, False)
+        fuse_stacks_(model)
+        mark_quantized(model, False)
         model.__dict__.pop("push_to_hub", None)
         model._weight_conversions = None  # saved in the layout of the original checkpoint
         model.model_tags = [tag for tag in model.model_tags or [] if tag != QUANT_METHOD]
@@ -167,10 +177,3 @@ def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> Any:
     from .sharing.hub import push_model
 
     return push_model(model, repo_id, **options)
-
-
-def _mark_quantized(model: nn.Module, flag: bool) -> None:
-    """Sets the flag that forbids to cast a quantized model on it and all models inside it."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = flag

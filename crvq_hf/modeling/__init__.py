@@ -1,8 +1,9 @@
 """What a quantized model is made of: modules, and how they come into a model.
 
-`linear` is the CRVQ layer, `embedding` has embeddings and heads in 8 bits, `experts` takes fused experts apart and
-puts them together again. `blocks` finds and runs decoder blocks, `replace` says which layers are quantized and swaps
-them, `adapters` keeps PEFT from merging into codes.
+`linear` is the CRVQ layer, `embedding` has embeddings and heads in 8 bits, whose `vocabulary` cannot change. `experts`
+takes fused experts apart and puts them together again, `stacks` any other parameter that holds many weights. `blocks`
+finds and runs decoder blocks, `replace` says which layers are quantized and swaps them, `adapters` keeps PEFT from
+merging into codes.
 
 Called by everything that has a model in its hands, whether it is quantized, loaded or tuned.
 """

@@ -55,11 +55,9 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
     """
     device = compute_device(config.device)
     blocks_name, blocks = find_blocks(model)
-    linears, skipped = quantizable_linears(model, config)
+    linears, _ = quantizable_linears(model, config)
     for pattern in unmatched_patterns(model, config):
         logger.warning("modules_to_not_convert: %r matches no module of %s.", pattern, type(model).__name__)
-    for name, reason in skipped.items():
-        logger.warning("%s stays dense: %s.", name, reason)
     if not linears:
         raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
     prefixes = [f"{blocks_name}.{i}." for i in range(len(blocks))]
