@@ -26,15 +26,23 @@ from .modeling.counting import QUANTIZED, count_weights_
 from .modeling.embedding import (
     Int8Embedding,
     Int8Head,
+    answer_dtypes_,
     dequantize_embeddings_,
     find_embeddings,
-    fix_vocabulary_,
     replace_embeddings_,
 )
 from .modeling.experts import UnfusedExperts, check_fusable, fuse_experts_
 from .modeling.frozen import freeze_
 from .modeling.linear import CRVQLinear
-from .modeling.replace import quantizable_linears, replace_with_crvq_, to_dense, unfuse_experts_to_quantize_
+from .modeling.replace import (
+    mark_quantized,
+    quantizable_linears,
+    replace_with_crvq_,
+    to_dense,
+    unfuse_experts_to_quantize_,
+)
+from .modeling.stacks import StackedLinears, fuse_stacks_
+from .modeling.vocabulary import fix_vocabulary_
 
 
 class CRVQQuantizer(HfQuantizer):
@@ -113,7 +121,7 @@ class CRVQQuantizer(HfQuantizer):
     def attach(self, model: PreTrainedModel) -> None:
         """Makes `model` one that transformers knows to be quantized and can save."""
         model.config.quantization_config = self.quantization_config
-        _mark_quantized(model, True)
+        mark_quantized(model, True)
         model.is_quantized = True
         model.quantization_method = QUANT_METHOD
         model.hf_quantizer = self
@@ -123,11 +131,14 @@ class CRVQQuantizer(HfQuantizer):
                 module.tile_().compute_dtype = model.dtype
             if isinstance(module, QUANTIZED):
                 freeze_(module)
+        answer_dtypes_(model)
         fix_vocabulary_(model)
         count_weights_(model)
         model.add_model_tags([QUANT_METHOD])
         model.push_to_hub = partial(_push_to_hub, model)
-        self.is_compileable = not any(isinstance(module, UnfusedExperts) for module in model.modules())
+        self.is_compileable = not any(
+            isinstance(module, (UnfusedExperts, StackedLinears)) for module in model.modules()
+        )
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """Turns every layer back into a dense one, in the dtype that the model has by now if none is given."""
@@ -150,7 +161,8 @@ class CRVQQuantizer(HfQuantizer):
         fix_vocabulary_(model)
         count_weights_(model)
         fuse_experts_(model)
-        _mark_quantized(model, False)
+        fuse_stacks_(model)
+        mark_quantized(model, False)
         model.__dict__.pop("push_to_hub", None)
         model._weight_conversions = None  # saved in the layout of the original checkpoint
         model.model_tags = [tag for tag in model.model_tags or [] if tag != QUANT_METHOD]
@@ -180,10 +192,3 @@ def _push_to_hub(model: PreTrainedModel, repo_id: str, **options: Any) -> Any:
     from .sharing.hub import push_model
 
     return push_model(model, repo_id, **options)
-
-
-def _mark_quantized(model: nn.Module, flag: bool) -> None:
-    """Sets the flag that forbids to cast a quantized model on it and all models inside it."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.config._is_quantized = flag

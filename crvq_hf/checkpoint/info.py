@@ -1,7 +1,9 @@
 """What a checkpoint consists of, read from its JSON files and safetensors headers."""
 
 import json
+import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from ..config import QUANT_METHOD, CRVQConfig
 from ..modeling.embedding import ROW_SCALE
 from ..quantized_weight import TENSOR_NAMES
 from .headers import TensorInfo, bits_per_weight, embedding_modules, layer_sizes, read_headers
+
+_BLOCK = re.compile(r"(.*?\.|)\d+\.")  # the list of blocks that a name leads into
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,27 @@ class CheckpointInfo:
         return layer_sizes(self.tensors)
 
     @property
+    def dense_shares(self) -> tuple[float, float]:
+        """The shares of the weights that stay dense: of those in blocks that have quantized layers, and of all.
+
+        Weights are tensors of two or more dimensions; codes count as the weights they stand for.
+        """
+        layers = self.layers
+        prefixes = {match[1] for match in map(_BLOCK.match, layers) if match}
+        dense = {name: math.prod(tensor.shape) for name, tensor in self.dense.items() if len(tensor.shape) > 1}
+        inside = [count for name, count in dense.items() if (match := _BLOCK.match(name)) and match[1] in prefixes]
+        quantized = sum(layer.num_weights for layer in layers.values())
+        rows = sum(math.prod(self.tensors[f"{part}.weight"].shape) for part in embedding_modules(self.tensors))
+        return _share(sum(inside), quantized), _share(sum(dense.values()), quantized + rows)
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight, channel orders counted."""
         return bits_per_weight(self.tensors)
+
+
+def _share(part: int, rest: int) -> float:
+    return part / max(1, part + rest)
 
 
 def read_info(source: str) -> CheckpointInfo:

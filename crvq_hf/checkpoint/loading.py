@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from ..config import QUANT_METHOD, CRVQConfig
@@ -15,7 +17,16 @@ from ..modeling.embedding import ROW_SCALE, Int8Embedding, Int8Head
 from ..modeling.experts import find_fused_experts, unfuse_experts_
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import linear_size
-from .headers import check_embeddings, check_layer, embedding_modules, quantized_modules, read_headers
+from ..modeling.stacks import OUT_IN, stacks_among, unfuse_stacks_
+from .headers import (
+    TensorInfo,
+    check_embeddings,
+    check_layer,
+    embedding_modules,
+    layer_sizes,
+    quantized_modules,
+    read_headers,
+)
 
 logger = logging.getLogger("crvq")
 
@@ -37,14 +48,16 @@ def match_checkpoint(model: PreTrainedModel, files: list[str], config: CRVQConfi
             f"The config says {QUANT_METHOD!r}, but none of the {len(tensors)} tensors of the checkpoint belongs to a "
             "CRVQ layer; remove quantization_config from config.json if the checkpoint is dense."
         )
+    rename, prefix = _renaming(model), model.base_model_prefix
+    stored_names = {*tensors, *map(rename, tensors)}
     known, _ = find_fused_experts(model)
-    prefix = model.base_model_prefix
-    unfuse_experts_(model, [name for name in known if _resolve(f"{name}.0.gate_proj.weight", tensors, prefix)])
+    unfuse_experts_(model, [name for name in known if _resolve(f"{name}.0.up_proj.weight", stored_names, prefix)])
+    unfuse_stacks_(model, _stacks(model, tensors, rename))
 
     modules = dict(model.named_modules())
     names = {}
     for module in stored:
-        name = _resolve(module, modules, prefix)
+        name = _place(module, rename, modules, prefix)
         if name is None:
             logger.warning("The checkpoint has a CRVQ layer %s, %s has not.", module, type(model).__name__)
             continue
@@ -59,8 +72,44 @@ def match_checkpoint(model: PreTrainedModel, files: list[str], config: CRVQConfi
             f"is in {type(model).__name__}; load it with the class it was saved from."
         )
     check_embeddings(tensors, config)
-    embeddings = (_resolve(module, modules, prefix) for module in embedding_modules(tensors))
+    embeddings = (_place(part, rename, modules, prefix) for part in embedding_modules(tensors))
     return list(names), [name for name in embeddings if name is not None]
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """Returns what makes of a tensor's name in a checkpoint that in `model`, as transformers does while it loads.
+
+    A model of a family may have other names than the one that was saved: a vision-language model's text model alone.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if not isinstance(conversion, WeightConverter)]
+    return lambda name: rename_source_key(name, renamings, [])[0]
+
+
+def _place(module: str, rename: Callable[[str], str], known: Container[str], prefix: str) -> str | None:
+    """Returns the name in the model of a module of a checkpoint, None if it has none.
+
+    As for transformers, a name that leads nowhere once renamed was the model's own.
+    """
+    renamed = rename(f"{module}.weight").removesuffix(".weight")
+    return _resolve(renamed, known, prefix) or _resolve(module, known, prefix)
+
+
+def _stacks(
+    model: PreTrainedModel, tensors: dict[str, TensorInfo], rename: Callable[[str], str]
+) -> dict[str, tuple[tuple[int, int, int], str]]:
+    """Returns the parameters of `model` that the checkpoint has as many layers: (stack, layout) by name."""
+    sizes = {module: (size.out_features, size.in_features) for module, size in layer_sizes(tensors).items()}
+    for name, tensor in tensors.items():
+        if name.endswith(".weight") and len(tensor.shape) == 2:
+            sizes.setdefault(name.removesuffix(".weight"), tensor.shape)  # a layer that was left dense
+    parameters, stacks = dict(model.named_parameters()), {}
+    for layer, (stack, layout) in stacks_among(sizes).items():
+        name = _place(stack, rename, parameters, model.base_model_prefix)
+        if name is not None:
+            rows, columns = sizes[layer] if layout == OUT_IN else sizes[layer][::-1]
+            stacks[name] = (parameters[name].numel() // (rows * columns), rows, columns), layout
+    return stacks
 
 
 def _resolve(name: str, known: Container[str], prefix: str) -> str | None:

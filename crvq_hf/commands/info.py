@@ -38,6 +38,7 @@ def describe(info: CheckpointInfo) -> str:
             f"{'quantized':<15} {len(layers)} layers, {weights:,} weights, {megabytes(nbytes)}: "
             f"{info.bits_per_weight:.3f} bits per weight (codes, codebooks, scales and channel order)",
             *_embedding_rows(info),
+            "{:<15} {:.1%} of the weights of the blocks, {:.1%} of all".format("stay dense", *info.dense_shares),
             f"{'method':<15} {_method(info.crvq)}",
             "",
             *_layer_table(info),

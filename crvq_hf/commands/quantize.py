@@ -71,6 +71,8 @@ def summary(report: dict[str, Any]) -> str:
         "seconds": f"{sum(report['seconds'].values()):.0f} ({seconds})",
         "peak memory": megabytes(report["peak_memory_bytes"]),
     }
+    if "dense_share" in report:  # not of an older version
+        rows["stay dense"] = f"{report['dense_share']:.1%} of the weights of the blocks"
     if "evaluation" in report:
         rows["perplexity"] = "{before[value]:.4f} before, {after[value]:.4f} after".format(**report["evaluation"])
     return "\n".join(f"{title:<18} {value}" for title, value in rows.items())

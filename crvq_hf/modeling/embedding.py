@@ -3,6 +3,9 @@
 Row `t` of the dense weight is `weight[t] * weight_row_scale[t]`. Scales are stored as float16; in memory they have the
 dtype of the model, which is how transformers and the modules here know it. A head that is tied to the embedding shares
 both with it, so they are stored once.
+
+Models cast hidden states to `lm_head.weight.dtype`, so the weight in a finished model answers with the dtype of the
+model, and a row of it is dense; the numbers themselves (`weight.detach()`) are int8.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import copy
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -88,7 +91,41 @@ def int8_linear(input: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     return output.to(input.dtype).view(*input.shape[:-1], len(weight))
 
 
-class _Int8Rows:
+class RowNumbers(FrozenParameter):
+    """The int8 weight of an embedding or a head, which says the dtype of the rows that it stands for, and has them.
+
+    Attributes:
+        scales: the row scales, whose dtype it says.
+    """
+
+    scales: nn.Parameter
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model; that of the numbers is int8."""
+        return self.scales.dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Returns dense rows, or part of them: Gemma 4 takes that of its padding token from here."""
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        dense = dequantize_rows(self.detach()[rows], self.scales.detach()[rows], self.dtype)
+        return dense[(..., *columns)] if columns else dense
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowNumbers:
+        copied = super().__deepcopy__(memo)
+        copied.scales = copy.deepcopy(self.scales, memo)
+        return copied
+
+
+def answer_dtypes_(model: nn.Module) -> None:
+    """Makes the weights of 8-bit embeddings and heads say the dtype of the model; not those that are offloaded."""
+    for module in model.modules():
+        if isinstance(module, (Int8Embedding, Int8Head)) and not module.packed.is_meta:
+            module.packed.__class__ = RowNumbers
+            module.packed.scales = module.weight_row_scale
+
+
+class _Int8Rows(nn.Module):
     """What the two modules below have in common."""
 
     @property
@@ -104,6 +141,11 @@ class _Int8Rows:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the dense weight `[V, H]` in `dtype`, as the module that this one stands for would hold it."""
         return dequantize_rows(self.packed, self.weight_row_scale, dtype)
+
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # unpickling makes a plain parameter of every parameter
+        answer_dtypes_(self)
 
 
 class Int8Embedding(_Int8Rows, nn.Embedding):
@@ -167,7 +209,7 @@ class Int8Head(_Int8Rows, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `[..., V]` in the dtype of `input`, `[..., H]`."""
-        output = int8_linear(input, self.packed, self.weight_row_scale)
+        output = int8_linear(input, self.packed.detach(), self.weight_row_scale)
         return output if self.bias is None else output + self.bias
 
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:
@@ -191,30 +233,49 @@ class Int8Head(_Int8Rows, nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def find_embeddings(model: nn.Module) -> dict[str, nn.Module]:
+def find_embeddings(model: nn.Module, leave: Container[str] = ()) -> dict[str, nn.Module]:
     """Returns the input embedding and the head of a transformers model by name, those that 8 bits can replace.
 
     That is an `nn.Embedding`, one of transformers' `...ScaledWordEmbedding`s (Gemma's, BART's), which only multiply it
     by a number, and an `nn.Linear`. What is tied to anything else stays dense with it.
+
+    Args:
+        model: a transformers model.
+        leave: names of parts that have to stay dense.
     """
-    parts = (model.get_input_embeddings(), model.get_output_embeddings())
     names = {id(module): name for name, module in model.named_modules()}
-    plain = {names[id(part)]: part for part in parts if part is not None and _is_plain(part)}
+    plain = {names[id(part)]: part for part in parts_of(model) if _is_plain(part)}
+    plain = {name: part for name, part in plain.items() if name not in leave}
     weights = _weights(model)
     uses, known = Counter(weights.values()), Counter(weights[f"{name}.weight"] for name in plain)
     return {name: p for name, p in plain.items() if uses[key := weights[f"{name}.weight"]] == known[key]}
 
 
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """Returns the input embedding and the head of a model, or part of it, those that it has."""
+    parts = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            parts.append(getattr(model, get)())
+        except (AttributeError, NotImplementedError):  # a vision tower has no table of tokens
+            pass
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
 @torch.no_grad()
-def quantize_embeddings_(model: nn.Module) -> bool:
+def quantize_embeddings_(model: nn.Module, leave: Container[str] = ()) -> bool:
     """Puts the embedding and the head of a model in 8 bits, in place; returns False if both have to stay dense.
+
+    Args:
+        model: a transformers model.
+        leave: names of parts that have to stay dense.
 
     Raises:
         ValueError: their weights hold NaN or infinite values.
     """
-    found = find_embeddings(model)
-    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if part is not None and not any(part is other for other in found.values()):
+    found = find_embeddings(model, leave)
+    for part in parts_of(model):
+        if not any(part is other for other in found.values()):
             logger.warning("%s stays as it is: embedding_bits=8 cannot replace it.", type(part).__name__)
     _replace_(model, found, quantize_rows)
     return bool(found)
@@ -258,42 +319,6 @@ def dequantize_embeddings_(model: nn.Module, dtype: torch.dtype) -> None:
             dense.weight = dense_weights.setdefault(id(module.packed), dense.weight)
             model.set_submodule(name, dense)
             model.all_tied_weights_keys.pop(f"{name}.{ROW_SCALE}", None)
-
-
-class FixedVocabulary:
-    """Takes the place of a model's method `resize_token_embeddings` while its embeddings have 8 bits."""
-
-    def __init__(self, embedding: nn.Module) -> None:
-        self.embedding = embedding
-
-    def __call__(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
-    ) -> nn.Module:
-        """Returns the embedding if its size is not to change.
-
-        Raises:
-            ValueError: it is.
-        """
-        size = len(self.embedding.weight)
-        wanted = size if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of:
-            wanted = math.ceil(wanted / pad_to_multiple_of) * pad_to_multiple_of
-        if wanted != size:
-            raise ValueError(
-                f"Embeddings of 8 bits cannot be resized (from {size} tokens to {wanted}); call model.dequantize() "
-                "first, or resize the dense model and quantize it again."
-            )
-        return self.embedding
-
-
-def fix_vocabulary_(model: nn.Module) -> None:
-    """Makes a model with 8-bit embeddings refuse to resize them, and one without able to again."""
-    is_fixed = any(isinstance(module, (Int8Embedding, Int8Head)) for module in model.modules())
-    for module in model.modules():
-        if hasattr(module, "resize_token_embeddings"):
-            module.__dict__.pop("resize_token_embeddings", None)
-            if is_fixed:
-                module.resize_token_embeddings = FixedVocabulary(module.get_input_embeddings())
 
 
 def _replace_(

@@ -4,52 +4,76 @@ transformers keeps the experts of a layer in two parameters, `gate_up_proj` `[ex
 `down_proj` `[experts, hidden, intermediate]`. Nothing that looks for linear layers sees them, although they are most
 of the model. Unfused, each expert is three `nn.Linear`s that calibration, quantization and saving treat like all
 others: `experts.0.gate_proj`, `experts.0.up_proj`, `experts.0.down_proj`, ...
+
+Attributes of these modules say what differs: transposed, gate and up in turn (`is_concatenated` is false), with
+biases, without a gate (`up_proj` then), a norm after each expert. Whatever has other parameters is left to `stacks`.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-logger = logging.getLogger("crvq")
+from .blocks import kind_of
 
-FUSED_NAMES = {"gate_up_proj", "down_proj"}
+logger = logging.getLogger("crvq")
 
 
 class Expert(nn.Module):
-    """The three projections of one expert; `UnfusedExperts` runs them."""
+    """The projections of one expert, two or three; `UnfusedExperts` runs them."""
 
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        """Makes linear layers that share the memory of `gate` and `up` `[I, H]` and `down` `[H, I]`."""
+    def __init__(self, layers: dict[str, nn.Linear]) -> None:
+        """Args: layers: linear layers by name: `gate_proj` (or none), `up_proj`, `down_proj`."""
         super().__init__()
-        self.gate_proj = _linear(gate)
-        self.up_proj = _linear(up)
-        self.down_proj = _linear(down)
+        for name, layer in layers.items():
+            self.add_module(name, layer)
 
 
 class UnfusedExperts(nn.Module):
     """Computes what a fused experts module computes, expert by expert.
 
+    What other code asks of the fused module, its skeleton answers (models' `_init_weights` touch `gate_up_proj`).
+
     Attributes:
-        skeleton: 1-tuple with the fused module it replaced, on the meta device: it knows the activation, and the
-            model gets it back when it is dequantized. A tuple, so that its parameters do not count as the model's.
+        skeleton: 1-tuple with the fused module it replaced, on the meta device: it knows how its weights lie and the
+            activation, and the model gets it back when it is dequantized. A tuple, so that its parameters do not count
+            as the model's.
     """
 
     def __init__(self, fused: nn.Module) -> None:
-        """Takes over the parameters of `fused` without copying them."""
+        """Takes over the parameters of `fused`, copying them only where they are transposed or interleaved."""
         super().__init__()
-        intermediate = fused.down_proj.shape[2]
-        for index in range(fused.down_proj.shape[0]):
-            gate_up = fused.gate_up_proj.detach()[index]
-            expert = Expert(gate_up[:intermediate], gate_up[intermediate:], fused.down_proj.detach()[index])
-            self.add_module(str(index), expert)
-        self.num_experts = len(self._modules)
+        self.num_experts = fused.down_proj.shape[0]
+        for index in range(self.num_experts):
+            down, bias = _parameters(fused, "down_proj", index)
+            layers = {"down_proj": linear(down, bias)}
+            if fused.has_gate:
+                weight, bias = _parameters(fused, "gate_up_proj", index)
+                layers = {
+                    "gate_proj": linear(_part(fused, weight, 0), _part(fused, bias, 0)),
+                    "up_proj": linear(_part(fused, weight, 1), _part(fused, bias, 1)),
+                } | layers
+            else:
+                layers = {"up_proj": linear(*_parameters(fused, "up_proj", index))} | layers
+            self.add_module(str(index), Expert(layers))
+        if fused.has_post_expert_norm:
+            self.post_expert_norm = fused.post_expert_norm
         self.skeleton = (_skeleton(fused),)
         self.train(fused.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "skeleton":
+                raise
+            return getattr(self.skeleton[0], name)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Returns the weighted sum of the chosen experts' outputs.
@@ -63,25 +87,66 @@ class UnfusedExperts(nn.Module):
             `[tokens, H]`, dtype of `hidden_states`.
         """
         result = torch.zeros_like(hidden_states)
-        apply_gate = self.skeleton[0]._apply_gate
         for index in top_k_index.unique().tolist():
             if index == self.num_experts:
                 continue
             expert = self._modules[str(index)]
             token, choice = torch.where(top_k_index == index)
-            x = hidden_states[token]
-            x = expert.down_proj(apply_gate(torch.cat([expert.gate_proj(x), expert.up_proj(x)], dim=-1)))
+            x = expert.down_proj(self._activate(expert, hidden_states[token]))
+            if self.skeleton[0].has_post_expert_norm:
+                x = self.post_expert_norm(x)
             result.index_add_(0, token, (x * top_k_weights[token, choice, None]).to(result.dtype))
         return result
 
+    def _activate(self, expert: Expert, x: Tensor) -> Tensor:
+        """Returns what goes into `down_proj`, `[tokens, I]`."""
+        fused = self.skeleton[0]
+        if not fused.has_gate:
+            return fused.act_fn(expert.up_proj(x))
+        gate_up = _joined(fused, expert.gate_proj(x), expert.up_proj(x), dim=-1)
+        return fused._apply_gate(gate_up)
+
     def fuse(self) -> nn.Module:
         """Returns a fused module with the experts' weights, which must be dense by now."""
-        experts = list(self._modules.values())
         fused = copy.deepcopy(self.skeleton[0])
-        gate_up = [torch.cat([expert.gate_proj.weight, expert.up_proj.weight]).detach() for expert in experts]
-        fused.gate_up_proj = nn.Parameter(torch.stack(gate_up))
-        fused.down_proj = nn.Parameter(torch.stack([expert.down_proj.weight.detach() for expert in experts]))
+        experts = [self._modules[str(index)] for index in range(self.num_experts)]
+        for name in dict(fused.named_parameters(recurse=False)):
+            layer, kind = name.removesuffix("_bias"), "bias" if name.endswith("_bias") else "weight"
+            if layer == "gate_up_proj":
+                pairs = [(getattr(e.gate_proj, kind), getattr(e.up_proj, kind)) for e in experts]
+                parts = [_joined(fused, gate.detach(), up.detach(), dim=0) for gate, up in pairs]
+            else:
+                parts = [getattr(getattr(expert, layer), kind).detach() for expert in experts]
+            whole = torch.stack(parts)
+            whole = whole.mT.contiguous() if fused.is_transposed and kind == "weight" else whole
+            setattr(fused, name, nn.Parameter(whole))
+        if fused.has_post_expert_norm:
+            fused.post_expert_norm = self.post_expert_norm
         return fused.train(self.training)
+
+
+def _parameters(fused: nn.Module, name: str, index: int) -> tuple[Tensor, Tensor | None]:
+    """Returns the weight `[out, in]` and the bias `[out]` or None of one expert's projection."""
+    weight = getattr(fused, name).detach()[index]
+    bias = getattr(fused, f"{name}_bias").detach()[index] if fused.has_bias else None
+    return (weight.mT.contiguous() if fused.is_transposed else weight), bias
+
+
+def _part(fused: nn.Module, rows: Tensor | None, which: int) -> Tensor | None:
+    """Returns the rows of a fused projection that are gate (0) or up (1)."""
+    if rows is None:
+        return None
+    if not fused.is_concatenated:
+        return rows[which::2].contiguous()
+    return rows.chunk(2)[which]
+
+
+def _joined(fused: nn.Module, gate: Tensor, up: Tensor, dim: int) -> Tensor:
+    """Returns gate and up along `dim` as the fused projection has them, one after the other or in turn."""
+    if fused.is_concatenated:
+        return torch.cat([gate, up], dim=dim)
+    dim = dim % gate.dim()
+    return torch.stack([gate, up], dim=dim + 1).flatten(dim, dim + 1)
 
 
 def find_fused_experts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -91,17 +156,26 @@ def find_fused_experts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str
         known: module by name, those whose layout `UnfusedExperts` reproduces.
         unknown: reason by name, those that must stay as they are.
     """
-    known, unknown = {}, {}
+    known, unknown, shared = {}, {}, shared_parameters(model)
     for name, module in model.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
-        if not any(key in FUSED_NAMES and parameter.dim() == 3 for key, parameter in parameters.items()):
-            continue
-        reason = _unknown_layout(module, parameters)
+        if "down_proj" not in parameters or parameters["down_proj"].dim() != 3 or not hasattr(module, "is_transposed"):
+            continue  # what is fused in another way, `stacks` may take apart
+        is_shared = any(f"{name}.{key}" in shared for key in parameters)
+        reason = "their weights are shared with another module" if is_shared else _unknown_layout(module, parameters)
         if reason:
             unknown[name] = reason
         else:
             known[name] = module
     return known, unknown
+
+
+def shared_parameters(model: nn.Module) -> set[str]:
+    """Returns the names of the parameters that more than one module has, or will have once the model is loaded."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    uses = Counter(map(id, parameters.values()))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name for name, parameter in parameters.items() if uses[id(parameter)] > 1} | {*tied, *tied.values()}
 
 
 def unfuse_experts_(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, str]:
@@ -117,8 +191,8 @@ def unfuse_experts_(model: nn.Module, names: Iterable[str] | None = None) -> dic
     known, unknown = find_fused_experts(model)
     for name in known if names is None else names:
         model.set_submodule(name, UnfusedExperts(known[name]))
-    for name, reason in unknown.items():
-        logger.warning("Experts %s stay dense: %s.", name, reason)
+    for kind, reason in {(kind_of(name), reason): None for name, reason in unknown.items()}:
+        logger.warning("Experts %s stay dense: %s.", kind, reason)
     return unknown
 
 
@@ -146,29 +220,30 @@ def check_fusable(model: nn.Module) -> None:
 
 def _unknown_layout(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
     """Returns why `UnfusedExperts` would not compute what `module` does, or an empty string."""
-    if not (hasattr(module, "_apply_gate") and hasattr(module, "config") and getattr(module, "has_gate", False)):
-        return f"{type(module).__name__} is not a gated experts module of transformers"
-    if getattr(module, "has_bias", False) or set(parameters) != FUSED_NAMES:
-        return f"{type(module).__name__} has other parameters than gate_up_proj and down_proj: {sorted(parameters)}"
-    if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
-        return f"{type(module).__name__} stores its weights transposed or interleaved"
-    if len(list(module.parameters())) != len(FUSED_NAMES):
-        return f"{type(module).__name__} has submodules with parameters, such as a norm"
-    num_experts, hidden, intermediate = parameters["down_proj"].shape
-    if tuple(parameters["gate_up_proj"].shape) != (num_experts, 2 * intermediate, hidden):
-        return (
-            f"gate_up_proj {list(parameters['gate_up_proj'].shape)} does not fit "
-            f"down_proj {list(parameters['down_proj'].shape)}"
-        )
+    kind = type(module).__name__
+    first, size = ("gate_up_proj", 2) if module.has_gate else ("up_proj", 1)
+    expected = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if module.has_bias else set())
+    if set(parameters) != expected:
+        return f"{kind} has other parameters than {sorted(expected)}: {sorted(parameters)}"
+    norm = [*module.post_expert_norm.parameters()] if module.has_post_expert_norm else []
+    if len(list(module.parameters())) != len(expected) + len(norm):
+        return f"{kind} has submodules with parameters"
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items() if parameter.dim() == 3}
+    rows = {name: (b, a) if module.is_transposed else (a, b) for name, (_, a, b) in shapes.items()}
+    hidden, intermediate = rows["down_proj"]
+    if rows.get(first) != (size * intermediate, hidden):
+        return f"{first} {list(parameters[first].shape)} does not fit down_proj {list(parameters['down_proj'].shape)}"
     return ""
 
 
-def _linear(weight: Tensor) -> nn.Linear:
-    """Returns a linear layer without bias that holds `weight` `[out, in]` itself."""
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """Returns a linear layer that holds `weight` `[out, in]` and `bias` `[out]` or None themselves."""
     with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight = nn.Parameter(weight)
-    return linear
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer
 
 
 def _skeleton(fused: nn.Module) -> nn.Module:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..config import FINEST_GROUP, CRVQConfig
 from ..quantized_weight import QuantizedWeight
 from .blocks import find_block_lists
-from .experts import find_fused_experts, unfuse_experts_
+from .experts import find_fused_experts, shared_parameters, unfuse_experts_
 from .linear import CRVQLinear
 
 
 def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Returns the layers that `config` quantizes and those that it leaves dense, in the order of the model.
 
-    Quantized is every `nn.Linear` (exactly that class) and every transformers `Conv1D` inside the decoder blocks.
+    Quantized is every `nn.Linear`, every layer of a subclass that computes the same, and every transformers `Conv1D`
+    inside the decoder blocks.
 
     Args:
         model: a transformers model; fused experts are not looked into, see `crvq_hf.experts`.
@@ -37,23 +40,21 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
     """
     lists = find_block_lists(model)
     patterns = config.modules_to_not_convert or []
-    weight_uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    tied_names = {*tied.keys(), *tied.values()}
+    shared = shared_parameters(model)
     in_float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
     in_float32 += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
 
     multiple = config.in_group_size if config.bits is None else FINEST_GROUP
     linears, skipped = {}, {}
     for name, module in chain.from_iterable(blocks.named_modules(prefix=name) for name, blocks in lists.items()):
-        if not isinstance(module, (nn.Linear, Conv1D)) or isinstance(module, CRVQLinear):
+        if not is_dense_linear(module):
             continue
         in_features, _ = linear_size(module)
-        if type(module) not in (nn.Linear, Conv1D):
-            skipped[name] = f"its class {type(module).__name__} may compute something else than nn.Linear"
-        elif is_named_by(name, patterns):
+        if is_named_by(name, patterns):
             skipped[name] = "named in modules_to_not_convert"
-        elif weight_uses[id(module.weight)] > 1 or f"{name}.weight" in tied_names:
+        elif type(module) not in (nn.Linear, Conv1D) and not _computes_like_linear(module):
+            skipped[name] = f"its class {type(module).__name__} computes something else than nn.Linear"
+        elif f"{name}.weight" in shared:
             skipped[name] = "its weight is shared with another module"
         elif is_named_by(name, in_float32):
             skipped[name] = "the model keeps it in float32"
@@ -62,6 +63,34 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
         else:
             linears[name] = module
     return linears, skipped
+
+
+def is_dense_linear(module: nn.Module) -> bool:
+    """Returns whether `module` is an `nn.Linear` or a `Conv1D` with a weight of numbers: not of codes, not a stack."""
+    is_linear = isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, CRVQLinear)
+    return is_linear and isinstance(module.weight, nn.Parameter)
+
+
+@torch.no_grad()
+def _computes_like_linear(module: nn.Linear) -> bool:
+    """Returns whether a layer of a subclass computes what `nn.Linear` does, which is found by running it.
+
+    On the meta device, where a checkpoint of codes is about to be loaded, it is taken to: the config of the checkpoint
+    names what is dense.
+    """
+    if module.weight.is_meta:
+        return True
+    if [name for name, _ in module.named_parameters() if name not in ("weight", "bias")] or [*module.buffers()]:
+        return False
+    x = torch.randn(2, 3, module.in_features, generator=torch.Generator().manual_seed(0))
+    x[0, 0] *= 30  # what clips or rounds its input is to show
+    try:
+        exact = copy.deepcopy(module).float()
+        found = exact(x := x.to(exact.weight.device))
+        expected = F.linear(x, exact.weight, exact.bias)
+        return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max()) and found.shape == expected.shape
+    except Exception:  # whatever a forward raises that wants, or returns, something else than a tensor of numbers
+        return False
 
 
 def unfuse_experts_to_quantize_(model: nn.Module, config: CRVQConfig) -> None:
@@ -138,6 +167,16 @@ def to_dense(layer: CRVQLinear, dtype: torch.dtype) -> nn.Module:
     if layer.bias is not None:
         dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
     return dense.train(layer.training)
+
+
+def mark_quantized(model: nn.Module, flag: bool) -> None:
+    """Sets the flag of transformers' models that forbids to cast them, on `model` and all models inside it.
+
+    Some models ask whether their config has it, and then call a layer whose weight they would read otherwise.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = flag
 
 
 def linear_size(module: nn.Module) -> tuple[int, int]:

@@ -58,11 +58,9 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
     """
     device = compute_device(config.device)
     names = block_names(find_block_lists(model))
-    linears, skipped = quantizable_linears(model, config)
+    linears, _ = quantizable_linears(model, config)
     for pattern in unmatched_patterns(model, config):
         logger.warning("modules_to_not_convert: %r matches no module of %s.", pattern, type(model).__name__)
-    for name, reason in skipped.items():
-        logger.warning("%s stays dense: %s.", name, reason)
     if not linears:
         raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
     by_block = [[n.removeprefix(f"{block}.") for n in linears if n.startswith(f"{block}.")] for block in names]

@@ -8,17 +8,18 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..checkpoint.sources import known_options
 from ..config import CRVQConfig, shareable_dataset
 from ..modeling.embedding import Int8Embedding, Int8Head, quantize_embeddings_
 from ..modeling.linear import CRVQLinear
-from ..modeling.replace import linear_size, quantizable_linears, unfuse_experts_to_quantize_
+from ..modeling.replace import is_dense_linear, is_named_by, mark_quantized, unfuse_experts_to_quantize_
+from ..modeling.stacks import unfuse_stacks_
 from .block_loop import quantize_blocks_
-from .budget import within_budget
 from .calibration import tokenizer_for
+from .choice import choose_layers, dense_share
+from .stacked_weights import find_stacks
 
 
 def quantize_model(
@@ -76,15 +77,21 @@ def quantize_(
         ValueError: as `quantize_blocks_`, or the budget `bits` cannot be met.
     """
     unfuse_experts_to_quantize_(model, config)
-    linears, skipped = quantizable_linears(model, config)
-    if not linears:
-        raise ValueError(_nothing_to_quantize(model, skipped))
-    config = within_budget(config, map(linear_size, linears.values()))
-    tokenizer = config.tokenizer if tokenizer is None else tokenizer
-    options = known_options(model) | (options or {})
-    quantize_blocks_(model, tokenizer_for(model, config, tokenizer, options), config)
+    patterns = config.modules_to_not_convert or []
+    unfuse_stacks_(model, find_stacks(model, leave=lambda name: is_named_by(name, patterns)))
+    mark_quantized(model, True)  # some models then call a layer whose weight they would read else
+    try:
+        config, dense_rows = choose_layers(model, config)
+        tokenizer = config.tokenizer if tokenizer is None else tokenizer
+        options = known_options(model) | (options or {})
+        quantize_blocks_(model, tokenizer_for(model, config, tokenizer, options), config)
+    except BaseException:
+        mark_quantized(model, False)
+        raise
     if config.embedding_bits == 8:
-        quantize_embeddings_(model)
+        quantize_embeddings_(model, dense_rows)
+    layers = [module for module in model.modules() if isinstance(module, CRVQLinear)]
+    model.crvq_report = getattr(model, "crvq_report", {}) | {"dense_share": dense_share(model, layers)}
     return _recorded_config(model, config)
 
 
@@ -126,11 +133,7 @@ def _recorded_config(model: nn.Module, config: CRVQConfig) -> CRVQConfig:
     """Returns the config to store with a quantized model: no runtime fields, no texts or local paths of the user."""
     recorded = CRVQConfig.from_dict(config.to_dict())
     recorded.dataset = shareable_dataset(recorded.dataset)
-    dense = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, CRVQLinear)
-    ]
+    dense = [name for name, module in model.named_modules() if is_dense_linear(module)]
     if not any(isinstance(module, (Int8Embedding, Int8Head)) for module in model.modules()):
         recorded.embedding_bits = 16  # also where 8 were asked for and nothing could take them
     recorded.modules_to_not_convert = sorted({*(config.modules_to_not_convert or []), *dense}) or None

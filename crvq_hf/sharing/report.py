@@ -200,6 +200,7 @@ def facts(info: CheckpointInfo, report: dict[str, Any] | None, numbers: Breakdow
         f"{quantized:,} bytes",
         "embeddings": f"8 bits, with a scale for each row, {numbers.embedding_bytes:,} bytes, "
         f"{numbers.embedding_bytes / numbers.file_bytes:.1%} of the checkpoint",
+        "stay dense": "{:.1%} of the weights of the blocks, {:.1%} of all".format(*info.dense_shares),
         "not quantized": f"{len(info.dense)} tensors ({'' if numbers.embedding_bytes else 'embeddings, '}norms and so "
         f"on), {dense:,} bytes, {dense / numbers.file_bytes:.1%} of the checkpoint",
         "whole checkpoint": f"{numbers.file_bytes:,} bytes ({megabytes(numbers.file_bytes)}) of safetensors",

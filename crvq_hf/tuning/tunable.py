@@ -109,7 +109,13 @@ class TunableLinear(nn.Module):
         for name, tensor in zip(("groups", "pieces", "first_piece"), served, strict=True):
             self.register_buffer(name, tensor, persistent=False)
         self.bias, self.conv1d = linear.bias, linear.conv1d
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The codes: other code may ask for their device; a layer of which it asks more is never quantized."""
+        return self.codes
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `[..., N]` for `x` `[..., K]`, in the dtype of autocast where that is on, else in that of `x`."""

@@ -98,7 +98,7 @@ def test_quantize_prints_a_summary(dense, tmp_path, capsys):
     printed = capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
     assert f"{report['bits_per_weight']:.3f} (stored, channel order counted)" in printed
-    assert "32 tokens" in printed
+    assert "32 tokens" in printed and "stay dense         0.0% of the weights of the blocks" in printed
     worst = max(report["layers"].items(), key=lambda item: item[1]["relative_error"])
     assert f"{worst[1]['relative_error']:.4f} in {worst[0]}" in printed
 
@@ -118,6 +118,8 @@ def test_info_counts_every_byte(quantized, capsys):
     assert f"{whole / 1e6:.3f} MB in {len(list(quantized.iterdir()))} files" in printed
     assert f"{len(tensors) - len(stored)} tensors, {rest / 1e6:.3f} MB" in printed
     assert "model.embed_tokens.weight (1 of [300, 32], F32)" in printed
+    share = 2 * 300 * 32 / (2 * 300 * 32 + weights)
+    assert f"stay dense      0.0% of the weights of the blocks, {share:.1%} of all" in printed
     row = r"^model\.layers\.\*\.mlp\.down_proj +32 x 64 +2 of 16 x 8 +8 of 64 +U8 .* 2$"
     assert re.search(row, printed, re.MULTILINE), printed
 

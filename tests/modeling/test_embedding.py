@@ -170,7 +170,7 @@ def test_dtype_of_loading(make, tokens, tmp_path, case, dtype):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.dtype == dtype and logits(loaded, tokens).dtype == dtype
-    assert loaded.get_input_embeddings().weight.dtype == torch.int8
+    assert loaded.get_input_embeddings().weight.detach().dtype == torch.int8
     with torch.no_grad():
         moved = model.to(dtype).get_input_embeddings()
         assert torch.equal(loaded.get_input_embeddings()(tokens), moved(tokens))
@@ -328,3 +328,38 @@ def test_rows_without_the_config_saying_so(make, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="embedding_bits is 16, 8-bit rows are stored for model.embed_tokens"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama tied", "gpt2"])
+def test_weights_say_the_dtype_of_the_model(make, tokens, tmp_path, case):
+    """Mamba 2, xLSTM and others cast hidden states to `lm_head.weight.dtype`."""
+    model = quantize_model(make(case, torch.bfloat16), config=EIGHT)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for one in (model, loaded, copy.deepcopy(model), model.to(torch.float32), pickle.loads(pickle.dumps(loaded))):
+        for part in (one.get_input_embeddings(), one.get_output_embeddings()):
+            assert part.weight.dtype == part.weight_row_scale.dtype == one.dtype
+            assert part.weight.detach().dtype == torch.int8
+            rows = part.to_dense(one.dtype).weight
+            for index in (3, (3, slice(None)), torch.tensor([2, 5]), slice(1, 4), (slice(None), slice(2, 4))):
+                assert torch.equal(part.weight[index], rows[index])
+            assert torch.zeros(1, dtype=torch.float64).to(part.weight.dtype).dtype == one.dtype
+        assert logits(one, tokens).dtype == one.dtype
+    assert {tensor.dtype for name, tensor in loaded.state_dict().items() if "embed" in name} <= {
+        torch.int8, torch.float16, torch.bfloat16,
+    }  # fmt: skip
+
+
+def test_parts_without_a_table_of_tokens(make, tokens, monkeypatch):
+    """Vision towers raise NotImplementedError where they are asked for their embedding."""
+    model = make("llama")
+
+    def none(self):
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(model.model), "get_input_embeddings", none)
+    monkeypatch.setattr(type(model), "get_input_embeddings", lambda self: self.model.embed_tokens)
+    quantize_model(model, config=EIGHT)
+    with pytest.raises(ValueError, match="cannot be resized"):
+        model.resize_token_embeddings(100)
+    assert logits(model, tokens).isfinite().all()

@@ -1,14 +1,17 @@
 """Unfusing mixture-of-experts layers, and putting them together again."""
 
 import copy
+import itertools
 import logging
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from shrink import tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.integrations.moe import use_experts_implementation
 
 from crvq_hf import CRVQConfig, CRVQLinear, quantize_model
 from crvq_hf.modeling.experts import UnfusedExperts, find_fused_experts, fuse_experts_, unfuse_experts_
@@ -89,37 +92,122 @@ def test_only_named_experts_are_unfused(make_model):
     assert list(find_fused_experts(model)[0]) == ["model.layers.0.mlp.experts"]
 
 
-def test_unknown_layout_is_left_alone_with_a_reason(caplog):
-    config = transformers.GptOssConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    before = list(model.state_dict())
-    with caplog.at_level(logging.WARNING, "crvq"):
-        unknown = unfuse_experts_(model)
-    assert list(unknown) == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
-    assert "other parameters than gate_up_proj and down_proj" in unknown["model.layers.0.mlp.experts"]
-    assert "Experts model.layers.0.mlp.experts stay dense: GptOssExperts has other" in caplog.text
-    assert list(model.state_dict()) == before
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: setattr(m, "is_transposed", True), "transposed or interleaved"),
-        (lambda m: setattr(m, "is_concatenated", False), "transposed or interleaved"),
-        (lambda m: setattr(m, "has_gate", False), "not a gated experts module"),
+        (lambda m: setattr(m, "is_transposed", True), "does not fit"),
+        (lambda m: setattr(m, "has_gate", False), "other parameters"),
         (lambda m: setattr(m, "has_bias", True), "other parameters"),
         (lambda m: m.add_module("norm", torch.nn.LayerNorm(4)), "submodules with parameters"),
         (lambda m: setattr(m, "down_proj", torch.nn.Parameter(torch.ones(4, 32, 10))), "does not fit"),
     ],
 )
-def test_reasons(make_model, change, reason):
-    model = make_model("mixtral", num_hidden_layers=1)
-    change(model.model.layers[0].mlp.experts)
+def test_unknown_layouts_are_left_alone_with_a_reason(make_model, caplog, change, reason):
+    model = make_model("mixtral")
+    for layer in model.model.layers:
+        change(layer.mlp.experts)
+    before = list(model.state_dict())
+    assert find_fused_experts(model)[0] == {}
+    with caplog.at_level(logging.WARNING, "crvq"):
+        unknown = unfuse_experts_(model)
+    assert reason in unknown["model.layers.0.mlp.experts"] and len(unknown) == 2
+    assert caplog.text.count("Experts model.layers.mlp.experts stay dense: ") == 1
+    assert list(model.state_dict()) == before
+
+
+def test_experts_that_two_modules_share_stay_fused(make_model, tokens):
+    """DiffusionGemma's encoder and decoder have the same weights."""
+    model = make_model("mixtral")
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    second.down_proj = first.down_proj
     known, unknown = find_fused_experts(model)
-    assert known == {} and reason in unknown["model.layers.0.mlp.experts"]
+    assert known == {} and "shared with another module" in unknown["model.layers.1.mlp.experts"]
+    meta = make_model("mixtral")
+    meta.all_tied_weights_keys = {"model.layers.0.mlp.experts.down_proj": "elsewhere.down_proj"}
+    assert list(find_fused_experts(meta)[0]) == ["model.layers.1.mlp.experts"]
+
+
+LAYOUTS = list(itertools.product([False, True], repeat=5))
+
+
+@pytest.mark.parametrize(("transposed", "interleaved", "bias", "gate", "norm"), LAYOUTS)
+def test_every_layout_computes_the_same_and_comes_back(transposed, interleaved, bias, gate, norm):
+    """All that the decorator of transformers' experts can say about them."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            rows = 2 * 24 if gate else 24
+            shapes = {("gate_up_proj" if gate else "up_proj"): (rows, 32), "down_proj": (32, 24)}
+            for name, (out, size) in shapes.items():
+                shape = (4, size, out) if transposed else (4, out, size)
+                self.register_parameter(name, torch.nn.Parameter(torch.randn(shape) / 5))
+                if bias:
+                    self.register_parameter(f"{name}_bias", torch.nn.Parameter(torch.randn(4, out)))
+            self.act_fn = torch.nn.SiLU()
+            self.num_experts = 4
+            if norm:
+                self.post_expert_norm = torch.nn.LayerNorm(32)
+
+        if interleaved:
+
+            def _apply_gate(self, gate_up):
+                return self.act_fn(gate_up[..., ::2]) * (gate_up[..., 1::2] + 1)
+
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            raise AssertionError("only transformers' own implementations are run")
+
+    decorate = use_experts_implementation(
+        is_transposed=transposed,
+        is_concatenated=not interleaved,
+        has_bias=bias,
+        has_gate=gate,
+        has_post_expert_norm=norm,
+    )
+    config = transformers.MixtralConfig()
+    config._experts_implementation = "batched_mm"
+    holder = torch.nn.Module()
+    holder.experts = decorate(Experts)(config)
+    x, weights = torch.randn(5, 32), torch.rand(5, 2)
+    choice = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [2, 1]])
+    state = copy.deepcopy(holder.state_dict())
+    with torch.no_grad():
+        expected = holder.experts(x, choice, weights)
+        assert unfuse_experts_(holder) == {}
+        layers = [module for module in holder.modules() if isinstance(module, torch.nn.Linear)]
+        assert len(layers) == 4 * (3 if gate else 2) and all((layer.bias is not None) == bias for layer in layers)
+        torch.testing.assert_close(holder.experts(x, choice, weights), expected, rtol=1e-4, atol=1e-5)
+        fuse_experts_(holder)
+        assert torch.equal(holder.experts(x, choice, weights), expected)
+    assert holder.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in holder.state_dict().items())
+
+
+def test_what_is_asked_of_the_fused_module_is_answered(make_model):
+    """Qwen3-Omni's `_init_weights` draws numbers into `experts.gate_up_proj`."""
+    model = make_model("mixtral")
+    shape = model.model.layers[0].mlp.experts.gate_up_proj.shape
+    unfuse_experts_(model)
+    experts = model.model.layers[0].mlp.experts
+    assert experts.gate_up_proj.is_meta and experts.gate_up_proj.shape == shape
+    transformers.initialization.normal_(experts.gate_up_proj)
+    assert not hasattr(experts, "nothing") and copy.deepcopy(experts).num_experts == 4
+
+
+@pytest.mark.parametrize("architecture", ["gpt_oss", "aria_text", "nemotron_h"])
+def test_models_whose_experts_lie_otherwise(tmp_path, tokens, architecture):
+    model = tiny_model(architecture, AutoModelForCausalLM)
+    names = model.state_dict().keys()
+    quantize_model(model, config=CRVQConfig(dataset=None, nbits_per_codebook=4))
+    assert find_fused_experts(model)[0] == {} and model.crvq_report["dense_share"] < 0.1
+    experts = next(module for module in model.modules() if isinstance(module, UnfusedExperts))
+    assert all(isinstance(layer, CRVQLinear) for layer in experts.get_submodule("0").children())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+    dense = loaded.dequantize()
+    assert dense.state_dict().keys() == names
+    torch.testing.assert_close(logits(dense, tokens), logits(model, tokens), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", MODELS)

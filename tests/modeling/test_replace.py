@@ -29,7 +29,8 @@ def test_conv1d_is_chosen(make_model):
 
 def test_skipped_layers_and_why(make_model):
     class OddLinear(nn.Linear):
-        pass
+        def forward(self, input):
+            return super().forward(input).relu()
 
     model = make_model("llama", num_hidden_layers=3)
     mlp = model.model.layers[0].mlp
@@ -121,9 +122,59 @@ def test_to_dense_computes_the_same(make_model, make_weight, architecture, name)
     assert to_dense(layer, torch.float16).bias.dtype == torch.float16
 
 
-def test_model_class_that_has_falcon_linears():
+class Written(nn.Linear):
+    """As FalconLinear."""
+
+    def forward(self, input):
+        hidden = input @ self.weight.T
+        return hidden if self.bias is None else hidden + self.bias
+
+
+class Clipped(nn.Linear):
+    def forward(self, input):
+        return super().forward(input.clamp(-10, 10))
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return super().forward(input) * 1.01
+
+
+class Two(nn.Linear):
+    def forward(self, input, other):
+        return super().forward(input + other)
+
+
+class Buffered(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("zero", torch.zeros(()))
+
+
+class Bare(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "chosen"),
+    [(Written, True), (Bare, True), (Clipped, False), (Scaled, False), (Two, False), (Buffered, False)],
+)
+def test_subclasses_are_tested_by_running_them(make_model, kind, chosen, dtype):
+    model = make_model("llama", dtype=dtype)
+    model.model.layers[0].mlp.up_proj = kind(32, 64).to(dtype)
+    random = torch.random.get_rng_state()
+    linears, skipped = quantizable_linears(model, CRVQConfig())
+    name = "model.layers.0.mlp.up_proj"
+    assert (name in linears, name in skipped) == (chosen, not chosen)
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_falcon():
     from transformers import FalconConfig
 
     config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     linears, skipped = quantizable_linears(AutoModelForCausalLM.from_config(config), CRVQConfig())
-    assert linears == {} and len(skipped) == 4 and "FalconLinear" in skipped["transformer.h.0.mlp.dense_h_to_4h"]
+    assert skipped == {} and [name.rpartition(".")[2] for name in linears] == [
+        "query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h",
+    ]  # fmt: skip

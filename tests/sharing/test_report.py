@@ -119,6 +119,7 @@ def test_embeddings_in_8_bits_have_their_row_and_bar(tmp_path):
     tensors = load_file(tmp_path / "out/model.safetensors")
     assert sum(nbytes for _, nbytes, _ in figures._bars_of_bytes(numbers)) == sum(t.nbytes for t in tensors.values())
     rows = facts(info, report, numbers)
+    assert rows["stay dense"] == "0.0% of the weights of the blocks, 0.0% of all"
     assert f"{numbers.embedding_bytes:,} bytes" in rows["embeddings"] and "embeddings" not in rows["not quantized"]
     assert rows["calibration"] == f"32 tokens, {report['e2e_tokens']} for end-to-end fine-tuning"
     assert command_line(report) == (

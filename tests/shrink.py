@@ -1,0 +1,180 @@
+"""A tiny random model of any architecture that transformers knows, made from its config class alone.
+
+Nothing here knows an architecture: fields are recognised by what they are called, in the config and in all configs
+inside it. What a class still refuses is tried with other sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig
+
+MOST_WEIGHTS = 30_000_000
+VOCABULARY = 320  # room for the 300 tokens of `tiny.tiny_tokenizer` and for special ones
+# (pattern of the field's name, its size), the first that matches counts; only integers above the size are changed.
+SIZES: list[tuple[str, int]] = [
+    (r"(n|topk|num)_(group|groups)", 1),
+    (r"qk_head_dim", 32),
+    (r".*vocab.*size.*|num_embeddings|.*n_vocab|src_vocab|n_tokens|vocab", VOCABULARY),
+    (r".*num_(attention_)?heads|.*attention_heads|n_heads?|num_heads|.*_n_heads|n_attn_heads|encoder_heads", 4),
+    (r".*(key_value_heads|kv_heads|num_key_heads|num_k_heads|query_groups)|n_kv_head|n_groups|.*ngroups", 2),
+    (r".*num_(value|v)_heads", 4),
+    (r".*(experts_per_tok|top_?k|moe_topk|moe_k|experts_per_token|num_selected_experts)(_.*)?", 2),
+    (r".*n_shared_experts|num_shared_experts|moe_num_shared_experts|.*zero_expert_num", 1),
+    (r".*(num|n)_.*experts|num_experts|moe_num_experts|ffn_num_experts|n_routed_experts", 4),
+    (r".*(num|n)_.*(layers?|blocks)|n_layers?|depth|layers|num_layers", 2),
+    (r".*(head_dim|head_size|channels_per_head|d_kv|kv_channels|headdim|key_length|value_length)", 16),
+    (r".*(nope|rope|rotary|_v)_(head_)?dim|rotary_dim", 16),
+    (r".*lora_(rank|dim)|.*_rank|.*low_rank.*", 32),
+    (r".*(intermediate|ffn|inner|mlp|fc|feed_?forward).*(size|dim|hidden)?|n_inner|d_ff|d_inner", 128),
+    (r".*(moe|expert).*_(size|dim)", 64),
+    (r".*(d_state|state_size|ssm_state.*)", 16),
+    (r".*(hidden_?size.*|hidden_dim|d_model|n_embd|embed_dim|embed_size|embedding_size|embd_pdim|dim|width)", 64),
+    (r".*(projection|output|out_hidden|input|proj)_(size|dim)|.*_dim", 64),
+    (r".*(max.*positions?(_embeddings)?|max_seq_len|n_positions|n_ctx|seq_length|max_target_positions)", 128),
+    (r".*(sliding_window|window_size|chunk_size|attention_chunk.*|local_window.*)", 8),
+    (r"image_size", 32),
+    (r"patch_size", 8),
+]
+KEPT = re.compile(r".*(dropout|_id|_token|_ids|version|bits|factor|period|step|interval|types?|index|kernel|stride)$")
+
+
+# What classes leave open and their models need.
+UNSET: dict[str, Any] = {
+    "num_experts_per_tok": 2,
+    "layer_types": ["full_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+    "vocabulary_map": {"<image>": VOCABULARY - 5},
+}
+# What is changed where a class refuses the sizes above, or its forward does: each is tried after the other.
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {r".*(key_value_heads|kv_heads)": 4},
+    {r"head_dim|head_size|d_kv": 16},
+    {r".*(key_value_heads|kv_heads)": 4, r"head_dim|head_size|d_kv": 16},
+    {r"num_hidden_layers|n_layers?|num_layers|.*decoder_layers": 4},
+    {r"num_hidden_layers|n_layers?|num_layers|.*decoder_layers": 4, r"head_dim|head_size|d_kv": 16},
+    {r"num_heads|.*mamba_n_heads": 8},
+    {r".*(num|n)_.*experts|num_experts|moe_num_experts": 8, r".*k": 2},
+    {r".*hidden_size|d_model|n_embd|.*embed_dim": 128},
+    {r".*hidden_size|d_model|n_embd|.*embed_dim": 128, r"head_dim|head_size|d_kv": 32},
+    {r".*hidden_size|d_model|n_embd|.*embed_dim": 256},
+    {r"rope_parameters": {"mrope_section": [4, 2, 2]}},
+    {r"num_experts": 4, r".*_intermediate_size": 64, r"top_k_experts": 2},
+    {r"num_hidden_layers|n_layers?|num_layers|.*decoder_layers": 6},
+]
+
+
+def tiny_config(architecture: str, variant: int = 0) -> PreTrainedConfig:
+    """Returns a config of few channels, layers and experts."""
+    return _shrunk(transformers.AutoConfig.for_model(architecture), VARIANTS[variant])
+
+
+def _shrunk(config: PreTrainedConfig, variant: dict[str, int]) -> PreTrainedConfig:
+    fields: dict[str, Any] = {}
+    before = {key: value for key, value in vars(config).items() if not key.startswith("_")}
+    for key, value in before.items():
+        if isinstance(value, PreTrainedConfig):
+            fields[key] = _shrunk(value, variant)
+        elif value is None:
+            fields[key] = UNSET.get(key, _of(variant, key))
+        elif type(value) is float and re.fullmatch(r"(init_std|.*initializer_range)", key):
+            fields[key] = 0.1  # so that every part of the model counts
+        elif type(value) is int:
+            fields[key] = _smaller(key, value, variant)
+        elif isinstance(value, dict) and "mrope_section" in value:  # of half a head
+            fields[key] = value | {"mrope_section": [4, 2, 2]}
+        elif isinstance(value, dict) and key in variant:
+            fields[key] = value | variant[key]
+        elif key == "attention_types":  # GPT-Neo's [[kinds, how often]]
+            fields[key] = [[value[0][0], 1]]
+    fields = {key: value for key, value in fields.items() if value is not None}
+    return _built(type(config), fields | _special_tokens(before), before)
+
+
+def _built(kind: type, fields: dict[str, Any], before: dict[str, Any]) -> PreTrainedConfig:
+    """Returns a config of `kind`; lists with an entry a layer are cut where the class does not make them itself."""
+    built = kind(**fields)
+    count = getattr(built, "num_hidden_layers", None)
+    old = before.get("num_hidden_layers") or before.get("num_layers") or before.get("n_layer")
+    if isinstance(count, int):
+        for key, value in list(vars(built).items()):
+            if isinstance(value, list) and len(value) == old and old != count and not key.startswith("_"):
+                fields[key] = _first_of_each_kind(value, count)
+        built = kind(**fields)
+    return built
+
+
+def _first_of_each_kind(values: list, count: int) -> list:
+    """Returns `count` of `values`: one of each kind first, in their order."""
+    if all(isinstance(value, str) for value in values):
+        kinds = list(dict.fromkeys(values))[:count]
+        return (kinds + values)[:count]
+    return values[:count]
+
+
+def _smaller(key: str, value: int, variant: dict[str, int]) -> int | None:
+    """Returns the size that the field `key` gets, None to leave it to the class."""
+    if KEPT.fullmatch(key):
+        return None
+    if (size := _of(variant, key)) is not None:
+        return size
+    for pattern, size in SIZES:
+        if re.fullmatch(pattern, key):
+            return size if value > size else None
+    return None
+
+
+def _of(variant: dict[str, int], key: str) -> int | None:
+    return next((size for pattern, size in variant.items() if re.fullmatch(pattern, key)), None)
+
+
+def _special_tokens(before: dict[str, Any]) -> dict[str, int]:
+    """Returns special tokens inside the tiny vocabulary: each its own, after the 300 of the tokenizer."""
+    names = [key for key, value in before.items() if re.fullmatch(r".*token_(id|index)", key) and type(value) is int]
+    usual = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "decoder_start_token_id": 0}
+    others = [name for name in names if name not in usual and before[name] >= VOCABULARY - 20]
+    tokens = {name: usual[name] for name in names if name in usual}
+    return tokens | {name: 301 + number for number, name in enumerate(others)}
+
+
+def tiny_model(architecture: str, auto_class: type) -> torch.nn.Module:
+    """Returns a random model, in eval mode, that can be run on text.
+
+    Raises:
+        Exception: whatever the class raises about the sizes tried first.
+    """
+    first, found = None, None
+    for variant in range(len(VARIANTS)):
+        try:
+            config = tiny_config(architecture, variant)
+            torch.manual_seed(0)
+            with torch.device("meta"):
+                weights = sum(p.numel() for p in auto_class.from_config(config).parameters())
+            if weights > MOST_WEIGHTS:
+                raise ValueError(f"the smallest model that was made of it has {weights:,} weights")
+            model = auto_class.from_config(config, dtype=torch.float32).eval()
+            tokens = torch.arange(24).view(2, 12) * 7 % 250 + 3
+            run(model, tokens)
+            found = model if found is None else found
+            if model.can_generate():  # a model of linear attention only raises a ValueError
+                model.generate(tokens, max_new_tokens=2, do_sample=False)
+            return model
+        except Exception as error:
+            if found is not None and not isinstance(error, ValueError):
+                break
+            first = first or error
+    if found is None:
+        raise first
+    return found
+
+
+@torch.no_grad()
+def run(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the logits of a model, or what it returns first."""
+    output = model(input_ids=tokens, use_cache=False)
+    return output.logits if hasattr(output, "logits") else output[0]
