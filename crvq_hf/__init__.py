@@ -17,8 +17,8 @@ from typing import Any
 
 from crvq_import_hooks import when_imported
 
+from .adapters.peft import WRAPPED, wrap_peft
 from .config import CRVQConfig
-from .modeling.adapters import WRAPPED, wrap_peft
 from .moved import alias_moved_modules
 from .quantizer import register
 

@@ -17,11 +17,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
+from .blocks.finding import find_block_lists
 from .checkpoint.loading import check_loaded, match_checkpoint
 from .checkpoint.metadata import metadata_of
 from .checkpoint.sources import heard_options
 from .config import QUANT_METHOD, CRVQConfig
-from .modeling.blocks import find_block_lists
 from .modeling.counting import QUANTIZED, count_weights_
 from .modeling.embedding import (
     Int8Embedding,

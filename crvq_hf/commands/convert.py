@@ -18,12 +18,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..checkpoint.sources import OF_THE_MODEL, check_source, load_dense, source_hash
 from ..config import CRVQConfig
 from ..modeling.replace import linear_size, quantizable_linears
-from ..pipeline.budget import within_budget
 from ..pipeline.calibration import check_dataset
 from ..pipeline.fingerprint import dataset_fingerprint
 from ..pipeline.quantize_model import quantize_model
 from ..resources import distributed
 from ..resources.workfolder import FINGERPRINT, flush, is_full_disk, is_work_folder, remove_folder
+from ..selection.budget import within_budget
 from ..sharing.hub import licence_in
 from ..sharing.report import REPORT, UNFINISHED, command_digest, command_of, draw_if_possible, save_report, shareable
 

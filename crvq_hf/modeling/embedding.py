@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .frozen import FrozenParameter
+
 logger = logging.getLogger("crvq")
 
 ROW_SCALE = "weight_row_scale"
@@ -141,7 +143,6 @@ class _Int8Rows(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the dense weight `[V, H]` in `dtype`, as the module that this one stands for would hold it."""
         return dequantize_rows(self.packed, self.weight_row_scale, dtype)
-
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # unpickling makes a plain parameter of every parameter

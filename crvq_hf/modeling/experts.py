@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import kind_of
+from ..blocks.finding import kind_of
 
 logger = logging.getLogger("crvq")
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..blocks.finding import find_block_lists
 from ..config import FINEST_GROUP, CRVQConfig
 from ..quantized_weight import QuantizedWeight
-from .blocks import find_block_lists
 from .experts import find_fused_experts, shared_parameters, unfuse_experts_
 from .linear import CRVQLinear
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from ..blocks.finding import block_names, find_block_lists, kind_of
+from ..blocks.rehearsal import rehearse
+from ..blocks.runner import BlockRunner, State
 from ..config import CRVQConfig
-from ..modeling.blocks import block_names, find_block_lists, kind_of
 from ..modeling.linear import CRVQLinear
-from ..modeling.rehearsal import rehearse
 from ..modeling.replace import quantizable_linears, unmatched_patterns
-from ..modeling.runner import BlockRunner, State
 from ..resources import distributed
 from ..resources.device import compute_device, has_fast_bfloat16, peak_memory_bytes
 from ..resources.workfolder import WorkFolder

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..algorithm.fit import fit_weight
 from ..algorithm.hessian import HessianAccumulator
-from ..modeling.blocks import for_each_input, survey
+from ..blocks.finding import for_each_input, survey
 from ..modeling.replace import linear_size, set_quantized_
 from ..quantized_weight import to_stored
 from ..resources import distributed

@@ -16,10 +16,10 @@ from ..modeling.embedding import Int8Embedding, Int8Head, quantize_embeddings_
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import is_dense_linear, is_named_by, mark_quantized, unfuse_experts_to_quantize_
 from ..modeling.stacks import unfuse_stacks_
+from ..selection.choice import choose_layers, dense_share
+from ..selection.stacked_weights import find_stacks
 from .block_loop import quantize_blocks_
 from .calibration import tokenizer_for
-from .choice import choose_layers, dense_share
-from .stacked_weights import find_stacks
 
 
 def quantize_model(

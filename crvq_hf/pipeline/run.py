@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..blocks.runner import BlockRunner, Gave, State
+from ..blocks.trees import hidden_of, map_tensors
 from ..config import CRVQConfig
-from ..modeling.runner import BlockRunner, Gave, State
-from ..modeling.trees import hidden_of, map_tensors
 from ..resources.device import mixed_precision
 from ..resources.workfolder import WorkFolder
 

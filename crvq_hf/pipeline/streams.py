@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..blocks.runner import BlockRunner, Gave, State
+from ..blocks.trees import map_tensors
 from ..config import CRVQConfig
-from ..modeling.runner import BlockRunner, Gave, State
-from ..modeling.trees import map_tensors
 from ..resources import distributed
 from ..resources.workfolder import WorkFolder
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.utils import logging as transformers_logging
 
-from ..modeling.runner import BlockRunner, State, run_on_text
-from ..modeling.trees import map_tensors
+from ..blocks.runner import BlockRunner, State, run_on_text
+from ..blocks.trees import map_tensors
 from ..resources import distributed
 from ..resources.workfolder import WorkFolder
 from .losses import distillation_loss

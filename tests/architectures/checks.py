@@ -16,7 +16,7 @@ from tiny import TEXT, tiny_tokenizer
 from transformers.models.auto import modeling_auto
 
 from crvq_hf import CRVQConfig, quantize_model
-from crvq_hf.modeling.blocks import BlockRunner
+from crvq_hf.blocks.finding import BlockRunner
 from crvq_hf.pipeline import block_loop
 
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -12,10 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from whole_models import ARCHITECTURES, FIELDS, OFF, equal_state, logits_of, make, quantized_layers, tokens_for
 
 from crvq_hf import CRVQConfig, CRVQLinear
-from crvq_hf.modeling.blocks import find_blocks, linear_stages
+from crvq_hf.blocks.finding import find_blocks, linear_stages
+from crvq_hf.blocks.rehearsal import rehearse
+from crvq_hf.blocks.runner import Gave, State
 from crvq_hf.modeling.experts import unfuse_experts_
-from crvq_hf.modeling.rehearsal import rehearse
-from crvq_hf.modeling.runner import Gave, State
 from crvq_hf.pipeline import block_loop as pipeline
 from crvq_hf.pipeline import quantize_block
 from crvq_hf.pipeline.calibration import calibration_tokens

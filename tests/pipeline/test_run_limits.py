@@ -15,8 +15,8 @@ from whole_models import (
 )
 
 from crvq_hf import CRVQConfig
-from crvq_hf.modeling.rehearsal import rehearse
-from crvq_hf.modeling.runner import BlockRunner, Gave, State
+from crvq_hf.blocks.rehearsal import rehearse
+from crvq_hf.blocks.runner import BlockRunner, Gave, State
 from crvq_hf.pipeline import block_loop as pipeline
 from crvq_hf.pipeline import streams
 from crvq_hf.pipeline.fingerprint import run_fingerprint

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import Done
+from .finding import Done
 from .trees import copy_containers, hidden_of, map_tensors, mappings_of
 
 Arguments = tuple[tuple, dict[str, Any]]

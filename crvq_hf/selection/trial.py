@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..modeling.blocks import kind_of
+from ..blocks.finding import kind_of
 
 logger = logging.getLogger("crvq")
 

@@ -29,7 +29,7 @@ def test_right_or_refused(method, variant):
         assert len(sentence) < 400 and sentence.endswith((".", ". ", "README.md."))
     if peft.__version__ == re.search(r"with PEFT ([\d.]+),", PAGE)[1]:
         line = row(method, variant, outcome).partition("refused: ")[0]  # why may depend on what else is installed
-        assert any(found.startswith(line) for found in PAGE.splitlines()), "run tests/modeling/peft_methods.py again"
+        assert any(found.startswith(line) for found in PAGE.splitlines()), "run tests/adapters/peft_methods.py again"
 
 
 def test_the_page_has_no_other_lines():

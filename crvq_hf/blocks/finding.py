@@ -66,6 +66,16 @@ def find_block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return lists
 
 
+def named_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns all blocks of a model by name, in the order in which they are run.
+
+    Raises:
+        ValueError: it has none.
+    """
+    lists = find_block_lists(model)
+    return dict(zip(block_names(lists), (block for blocks in lists.values() for block in blocks), strict=True))
+
+
 def block_names(lists: dict[str, nn.ModuleList]) -> list[str]:
     """Returns the names of all blocks in the order of the lists, see `find_block_lists`."""
     return [f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))]

@@ -11,8 +11,8 @@ from tiny import TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from crvq_hf import CRVQLinear
-from crvq_hf.modeling import adapters
-from crvq_hf.modeling.dense_weight import WeightIsFrozen
+from crvq_hf.adapters import peft as adapters
+from crvq_hf.adapters.dense_weight import WeightIsFrozen
 from crvq_hf.modeling.replace import to_dense
 
 peft = pytest.importorskip("peft")

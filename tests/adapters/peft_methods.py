@@ -1,6 +1,6 @@
 """Every method of the installed PEFT on a quantized model: what it does there, beside the same model made dense.
 
-    python tests/modeling/peft_methods.py        # prints the table of tests/modeling/PEFT.md
+    python tests/adapters/peft_methods.py        # prints the table of tests/adapters/PEFT.md
 
 `CASES` names a config of each method in PEFT's registry, and of the variants that ask something else of a layer.
 """
@@ -134,7 +134,7 @@ FORWARD = {"POLY": {"task_ids": torch.tensor([0, 1])}, "MULTITASK_PROMPT_TUNING"
 STEPS = {"RANDLORA": 0.001, "UNILORA": 2.0, "VBLORA": 2.0, "ADALORA": 2.0, "LOHA": 0.5, "POLY": 1.0, "C3A": 1.0}
 HEAD = """# PEFT's methods on quantized layers
 
-Made by `python tests/modeling/peft_methods.py` with PEFT {version}, checked line by line by
+Made by `python tests/adapters/peft_methods.py` with PEFT {version}, checked line by line by
 `test_peft_methods.py`: of {cases} cases {right} are right, the others are refused. The second column has the settings
 beside the defaults; `CASES` in the program has them in full.
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from crvq_hf.modeling.dense_weight import DenseWeight, WeightIsFrozen
+from crvq_hf.adapters.dense_weight import DenseWeight, WeightIsFrozen
 
 
 @pytest.fixture

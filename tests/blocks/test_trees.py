@@ -5,7 +5,7 @@ from collections import UserDict, namedtuple
 import pytest
 import torch
 
-from crvq_hf.modeling.trees import copy_containers, hidden_of, map_tensors, mappings_of, tensors_of
+from crvq_hf.blocks.trees import copy_containers, hidden_of, map_tensors, mappings_of, tensors_of
 
 Pair = namedtuple("Pair", "one other")
 

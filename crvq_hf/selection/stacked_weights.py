@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.pytorch_utils import Conv1D
 
-from ..modeling.blocks import find_blocks, kind_of
+from ..blocks.finding import kind_of, named_blocks
 from ..modeling.experts import shared_parameters
 from ..modeling.stacks import IN_OUT, OUT_IN, PRODUCTS
 from .trial import run_on_trial
@@ -93,10 +94,10 @@ def find_stacks(model: nn.Module, leave: Callable[[str], bool]) -> dict[str, tup
         model: a transformers model in eval mode, dense, which is run on a few tokens.
         leave: says of the name of a parameter whether it is to be left alone.
     """
-    blocks_name, blocks = find_blocks(model)
     shared = shared_parameters(model)
     found: dict[str, tuple[nn.Module, str]] = {}
-    for name, module in blocks.named_modules(prefix=blocks_name):
+    blocks = named_blocks(model).items()
+    for name, module in chain.from_iterable(block.named_modules(prefix=path) for path, block in blocks):
         if type(module).__module__.startswith("torch.nn") or isinstance(module, Conv1D):
             continue
         for key, parameter in module.named_parameters(recurse=False):

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..blocks.finding import kind_of, named_blocks
 from ..config import CRVQConfig
-from ..modeling.blocks import find_blocks, kind_of
 from ..modeling.embedding import find_embeddings
 from ..modeling.replace import linear_size, quantizable_linears
 from .budget import within_budget
@@ -79,12 +79,12 @@ def dense_share(model: nn.Module, quantized: Iterable[nn.Module]) -> float:
 
     Weights are parameters of two or more dimensions; before quantizing, `quantized` are the layers that will be.
     """
-    _, blocks = find_blocks(model)
     inside = sum(math.prod(linear_size(layer)) for layer in quantized)
     modules = {id(layer) for layer in quantized}
     outside = {
         id(parameter): parameter.numel()
-        for module in blocks.modules()
+        for block in named_blocks(model).values()
+        for module in block.modules()
         if id(module) not in modules
         for parameter in module.parameters(recurse=False)
         if parameter.dim() > 1
@@ -116,18 +116,17 @@ def _costly(linears: dict[str, nn.Module], config: CRVQConfig) -> set[str]:
 
 def _say(model: nn.Module, linears: dict[str, nn.Module], reasons: dict[str, str]) -> None:
     """Logs what stays dense in the blocks, a line for each kind of layer or parameter, with its share of a block."""
-    prefix, blocks = find_blocks(model)
     quantized = {id(module) for module in linears.values()}
     kinds: dict[tuple[str, str], dict[int, int]] = defaultdict(lambda: defaultdict(int))
     sizes: dict[int, int] = defaultdict(int)
-    for index, block in enumerate(blocks):
-        for name, module in block.named_modules(prefix=f"{prefix}.{index}"):
+    for index, (path, block) in enumerate(named_blocks(model).items()):
+        for name, module in block.named_modules(prefix=path):
             reason = reasons.get(name, "")
             for key, parameter in module.named_parameters(recurse=False):
                 sizes[index] += parameter.numel() if parameter.dim() > 1 else 0
                 if parameter.dim() > 1 and id(module) not in quantized:
                     whose = reason or f"crvq does not know the parameters of {type(module).__name__}"
-                    kind = kind_of(name if reason else f"{name}.{key}").removeprefix(f"{prefix}.")
+                    kind = kind_of(name if reason else f"{name}.{key}").removeprefix(f"{kind_of(path)}.")
                     kinds[kind, whose][index] += parameter.numel()
     for (kind, reason), counts in kinds.items():
         share = max(count / sizes[index] for index, count in counts.items())

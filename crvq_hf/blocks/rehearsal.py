@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .blocks import block_names, find_block_lists
+from .finding import block_names, find_block_lists
 from .runner import BlockRunner, Leaf, State, replaced_forwards, run_on_text
 from .trees import hidden_of, tensors_of
 

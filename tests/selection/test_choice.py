@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from crvq_hf import CRVQConfig, CRVQLinear, quantize_model
-from crvq_hf.pipeline.choice import choose_layers, dense_share
-from crvq_hf.pipeline.trial import try_out
+from crvq_hf.selection.choice import choose_layers, dense_share
+from crvq_hf.selection.trial import try_out
 
 CONFIG = CRVQConfig(dataset=None, nbits_per_codebook=4)
 FIRST = "model.layers.0.mlp.up_proj"

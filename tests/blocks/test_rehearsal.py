@@ -7,9 +7,9 @@ from many_models import MODELS, REFUSED, build
 from torch import nn
 from whole_models import ARCHITECTURES, make, tokens_for
 
-from crvq_hf.modeling.rehearsal import rehearse
-from crvq_hf.modeling.runner import State, run_on_text
-from crvq_hf.modeling.trees import hidden_of
+from crvq_hf.blocks.rehearsal import rehearse
+from crvq_hf.blocks.runner import State, run_on_text
+from crvq_hf.blocks.trees import hidden_of
 from crvq_hf.pipeline import streams
 from crvq_hf.pipeline.streams import Stream
 

@@ -6,7 +6,7 @@ import transformers
 from many_models import build
 from torch import nn
 
-from crvq_hf.modeling.blocks import block_names, find_block_lists, find_blocks, for_each_input, survey
+from crvq_hf.blocks.finding import block_names, find_block_lists, find_blocks, for_each_input, survey
 
 
 @pytest.mark.parametrize(

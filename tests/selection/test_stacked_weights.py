@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DbrxConfig
 
 from crvq_hf import CRVQConfig, CRVQLinear, quantize_model
 from crvq_hf.modeling.stacks import IN_OUT, OUT_IN, StackedLinears, fuse_stacks_, unfuse_stacks_
-from crvq_hf.pipeline.stacked_weights import find_stacks
+from crvq_hf.selection.stacked_weights import find_stacks
 
 CONFIG = CRVQConfig(dataset=None, nbits_per_codebook=4)
 

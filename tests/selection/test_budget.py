@@ -10,7 +10,7 @@ from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.checkpoint.headers import bits_per_weight, read_headers
 from crvq_hf.config import BUDGETED, FIELDS
 from crvq_hf.modeling.replace import linear_size, quantizable_linears
-from crvq_hf.pipeline.budget import within_budget
+from crvq_hf.selection.budget import within_budget
 
 pytestmark = pytest.mark.usefixtures("pipeline")
 
