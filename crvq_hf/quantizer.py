@@ -32,6 +32,7 @@ from .modeling.embedding import (
 from .modeling.experts import UnfusedExperts, fuse_experts_
 from .modeling.linear import CRVQLinear
 from .modeling.replace import quantizable_linears, replace_with_crvq_, to_dense, unfuse_experts_to_quantize_
+from .resources.settings import own_settings
 
 
 class CRVQQuantizer(HfQuantizer):
@@ -104,6 +105,7 @@ class CRVQQuantizer(HfQuantizer):
         self.attach(model)
         return model
 
+    @own_settings()
     def attach(self, model: PreTrainedModel) -> None:
         """Makes `model` one that transformers knows to be quantized and can save."""
         model.config.quantization_config = self.quantization_config

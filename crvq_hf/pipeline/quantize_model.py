@@ -13,6 +13,7 @@ from ..config import CRVQConfig, shareable_dataset
 from ..modeling.embedding import Int8Embedding, Int8Head, quantize_embeddings_
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import linear_size, quantizable_linears, unfuse_experts_to_quantize_
+from ..resources.settings import leave_inference_mode_, own_settings
 from .block_loop import quantize_blocks_
 from .budget import within_budget
 from .calibration import load_tokenizer
@@ -50,6 +51,7 @@ def quantize_model(model: PreTrainedModel, tokenizer: Any = None, config: CRVQCo
     return model
 
 
+@own_settings()
 def quantize_(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any = None) -> CRVQConfig:
     """Quantizes the layers of `model` in place; returns the config to store with it.
 
@@ -61,6 +63,7 @@ def quantize_(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any = None)
     Raises:
         ValueError: as `quantize_blocks_`, or the budget `bits` cannot be met.
     """
+    leave_inference_mode_(model)
     unfuse_experts_to_quantize_(model, config)
     linears, _ = quantizable_linears(model, config)
     if not linears:
