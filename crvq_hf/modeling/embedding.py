@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import crvq_kernels
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,14 +62,15 @@ def dequantize_rows(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
 def int8_linear(input: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """Returns `input @ dense.T`, `[..., V]` in the dtype of `input`, without ever holding all of the dense weight.
 
-    That is so in inference; for gradients, and when compiled, the dense weight is made.
+    That is so in inference; for gradients, when compiled or traced, and under `torch.func`, the dense weight is made.
 
     Args:
         input: `[..., H]`, floating point.
         weight: `[V, H]`, int8.
         scales: `[V]`, floating point.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or crvq_kernels.is_transformed()
+    if traced or (torch.is_grad_enabled() and input.requires_grad):
         return F.linear(input, dequantize_rows(weight, scales, input.dtype))
     tokens = input.reshape(-1, input.shape[-1])
     if input.is_cpu and input.dtype == torch.bfloat16 and len(tokens) <= _FEW_TOKENS:
