@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module, remove_hook_from_submodules
 from whole_models import random_model
 
 from crvq_hf.modeling.linear import CRVQLinear
@@ -73,11 +73,7 @@ OFFLOADS = {
 @pytest.mark.parametrize("embedding_bits", [16, 8])
 @pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS.keys())
 def test_tensors_that_are_brought_for_each_forward(tokens, tmp_path, offload, embedding_bits):
-    from crvq_hf.modeling.embedding import quantize_embeddings_
-
-    model = random_model()
-    if embedding_bits == 8:
-        quantize_embeddings_(model)
+    model = random_model(embedding_bits=embedding_bits)
     expected, state = model(input_ids=tokens).logits, model.state_dict()
     state = {name: tensor.clone() for name, tensor in state.items()}
     offload(model, tmp_path / "offloaded")
@@ -103,7 +99,5 @@ def test_a_single_hook(model, weights):
     add_hook_to_module(layer, hook)
     assert layer.weight.is_meta
     torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-3)
-    from accelerate.hooks import remove_hook_from_module
-
     remove_hook_from_module(layer)
     assert layer.weight.dim() == dims and torch.equal(layer(x), expected)

@@ -5,6 +5,7 @@
 Writes what each process found to OUT/rank<N>.
 """
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -35,11 +36,11 @@ def equal_states(found, expected):
         assert whole.dtype == expected[name].dtype and torch.equal(whole, expected[name]), name
 
 
-def ddp():
-    alone = lora(random_model())
+def ddp(bits):
+    alone = lora(random_model(0, bits))
     loss = alone(input_ids=TOKENS[rank : rank + 1], labels=TOKENS[rank : rank + 1]).loss
     loss.backward()
-    model = lora(random_model(seed=rank))  # that of the first process reaches the others
+    model = lora(random_model(rank, bits))  # that of the first process reaches the others
     wrapped = DistributedDataParallel(model)
     equal_states(model.state_dict(), alone.state_dict())
     assert torch.equal(wrapped(input_ids=TOKENS).logits, alone(input_ids=TOKENS).logits)
@@ -52,17 +53,16 @@ def ddp():
             torch.testing.assert_close(parameter.grad, grad / 2)
 
 
-def broadcast():
-    model, expected = random_model(seed=rank), random_model()
+def broadcast(bits):
+    model, expected = random_model(rank, bits), random_model(0, bits)
     for tensor in [*model.parameters(), *model.buffers()]:
         dist.broadcast(tensor.detach(), 0)
     equal_states(model.state_dict(), expected.state_dict())
     assert torch.equal(model(input_ids=TOKENS).logits, expected(input_ids=TOKENS).logits)
 
 
-def fsdp():
-    expected = random_model()
-    model = random_model()
+def fsdp(bits):
+    expected, model = random_model(0, bits), random_model(0, bits)
     mesh = init_device_mesh("cpu", (2,))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
@@ -76,7 +76,7 @@ def fsdp():
     assert torch.equal(model(input_ids=TOKENS).logits, expected(input_ids=TOKENS).logits)
 
 
-for check in (ddp, broadcast, fsdp):
-    check()
+for check, bits in itertools.product((ddp, broadcast, fsdp), (16, 8)):
+    check(bits)
 (out / f"rank{rank}").write_text("done")
 dist.destroy_process_group()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -168,6 +168,20 @@ class Int8Head(nn.Linear):
         if self.tied and not self.weight_row_scale.is_meta:
             del destination[prefix + ROW_SCALE]
         _store_half(destination, prefix + ROW_SCALE)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Hands accelerate, which brings tensors from a state dict, the scales that a tied head has not in it.
+
+        It keeps the forward, takes the tensors away, and then leaves its hook.
+        """
+        if name == "_old_forward" and self.tied:
+            self.__dict__["_scales"] = self.weight_row_scale.detach()
+        super().__setattr__(name, value)
+        scales = self.__dict__.get("_scales") if name == "_hf_hook" else None
+        if scales is not None and not scales.is_meta:
+            for hook in getattr(value, "hooks", [value]):
+                if getattr(hook, "offload", False):
+                    hook.weights_map = ChainMap({ROW_SCALE: scales}, hook.weights_map)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self.tied:  # what the embedding loads is loaded here too
