@@ -43,6 +43,7 @@ from .modeling.replace import (
 )
 from .modeling.stacks import StackedLinears, fuse_stacks_
 from .modeling.vocabulary import fix_vocabulary_
+from .resources.settings import own_settings
 
 
 class CRVQQuantizer(HfQuantizer):
@@ -118,6 +119,7 @@ class CRVQQuantizer(HfQuantizer):
         self.attach(model)
         return model
 
+    @own_settings()
     def attach(self, model: PreTrainedModel) -> None:
         """Makes `model` one that transformers knows to be quantized and can save."""
         model.config.quantization_config = self.quantization_config

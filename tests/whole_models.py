@@ -81,3 +81,27 @@ def equal_state(first, second) -> bool:
     return one.keys() == two.keys() and all(
         one[key].dtype == two[key].dtype and torch.equal(one[key], two[key]) for key in one
     )
+
+
+def random_model(seed: int = 0, embedding_bits: int = 16):
+    """Returns a Llama of one block, all its linears random CRVQ layers, as it is after loading.
+
+    With 8-bit embeddings they are tied.
+    """
+    from tiny import random_weight, tiny_model
+
+    from crvq_hf import CRVQConfig
+    from crvq_hf.modeling.embedding import quantize_embeddings_
+    from crvq_hf.modeling.replace import linear_size, quantizable_linears, set_quantized_
+    from crvq_hf.quantizer import CRVQQuantizer
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1024, "num_hidden_layers": 1, "initializer_range": 0.02}
+    model = tiny_model(**sizes, tie_word_embeddings=embedding_bits == 8)
+    torch.manual_seed(seed)
+    config = CRVQConfig(dataset=None, nbits_per_codebook=6, embedding_bits=embedding_bits)
+    for name, dense in quantizable_linears(model, config)[0].items():
+        set_quantized_(model, name, random_weight(config.layer_shape(*linear_size(dense))))
+    if embedding_bits == 8:
+        quantize_embeddings_(model)
+    CRVQQuantizer(config, pre_quantized=True).attach(model)
+    return model

@@ -13,10 +13,11 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
+import crvq_kernels
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -66,14 +67,15 @@ def dequantize_rows(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
 def int8_linear(input: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """Returns `input @ dense.T`, `[..., V]` in the dtype of `input`, without ever holding all of the dense weight.
 
-    That is so in inference; for gradients, and when compiled, the dense weight is made.
+    That is so in inference; for gradients, when compiled or traced, and under `torch.func`, the dense weight is made.
 
     Args:
         input: `[..., H]`, floating point.
         weight: `[V, H]`, int8.
         scales: `[V]`, floating point.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or crvq_kernels.is_transformed()
+    if traced or (torch.is_grad_enabled() and input.requires_grad):
         return F.linear(input, dequantize_rows(weight, scales, input.dtype))
     tokens = input.reshape(-1, input.shape[-1])
     if input.is_cpu and input.dtype == torch.bfloat16 and len(tokens) <= _FEW_TOKENS:
@@ -227,6 +229,20 @@ class Int8Head(_Int8Rows, nn.Linear):
         if self.tied and not self.weight_row_scale.is_meta:
             del destination[prefix + ROW_SCALE]
         _store_half(destination, prefix + ROW_SCALE)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Hands accelerate, which brings tensors from a state dict, the scales that a tied head has not in it.
+
+        It keeps the forward, takes the tensors away, and then leaves its hook.
+        """
+        if name == "_old_forward" and self.tied:
+            self.__dict__["_scales"] = self.weight_row_scale.detach()
+        super().__setattr__(name, value)
+        scales = self.__dict__.get("_scales") if name == "_hf_hook" else None
+        if scales is not None and not scales.is_meta:
+            for hook in getattr(value, "hooks", [value]):
+                if getattr(hook, "offload", False):
+                    hook.weights_map = ChainMap({ROW_SCALE: scales}, hook.weights_map)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         if self.tied:  # what the embedding loads is loaded here too

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..quantized_weight import TENSOR_NAMES, LayerShape, QuantizedWeight, decode_codebooks, encode_codebooks
+from ..quantized_weight import (
+    LayerShape,
+    QuantizedWeight,
+    decode_codebooks,
+    encode_codebooks,
+    order_dtype,
+)
 from .frozen import FrozenParameter, as_traced
 
 # Arguments of the kernels.
@@ -37,7 +43,8 @@ class CRVQLinear(nn.Linear):
         weight: uint8, packed codes: as stored, `[N, ceil(V*e/8)]`, or tiled for the kernels, one-dimensional.
         weight_codebooks: `[1+E, C, d]`: as stored, int8 or float16, or float16 for the kernels.
         weight_scale: `[N]`, float16.
-        weight_order: `[K]`, smallest integer dtype that fits.
+        weight_order: `[K]`: as stored, the smallest integer dtype that fits, or int32 in place of int16, which neither
+            gloo nor NCCL send from one process to another.
         bias: `[N]`, dtype of the model, or None.
     """
 
@@ -94,17 +101,25 @@ class CRVQLinear(nn.Linear):
         return layer
 
     def tile_(self) -> CRVQLinear:
-        """Puts codes and codebooks into the layout that is fastest where they are; what is saved stays the same.
+        """Puts all tensors into the layout that is best where they are; what is saved stays the same.
 
-        Layers whose tensors are moved for each forward by accelerate's hooks are left as they are stored.
+        Layers whose tensors are brought for each forward by accelerate's hooks are left as they are stored.
         """
-        if not (self.packed.is_meta or hasattr(self, "_hf_hook")):
-            self.weight_codebooks = _frozen(decode_codebooks(self.weight_codebooks))
+        if not (self.packed.is_meta or _brings_tensors(getattr(self, "_hf_hook", None))):
+            self._put("weight_codebooks", decode_codebooks(self.weight_codebooks))
+            if self.weight_order.dtype == torch.int16:
+                self._put("weight_order", self.weight_order.int())
             tiled = crvq_kernels.prefers_tiles(self.packed.device)
             if tiled != self._is_tiled:
                 weight = crvq_kernels.tile_codes(*self._codes()) if tiled else self._stored_weight()
-                self.weight = _frozen(weight)
+                self._put("weight", weight)
         return self
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        """Makes `tensor` the parameter `name`, with what others (transformers) have noted on the one before."""
+        parameter = _frozen(tensor)
+        parameter.__dict__.update(self._parameters[name].__dict__)
+        setattr(self, name, parameter)
 
     @property
     def packed(self) -> nn.Parameter:
@@ -136,7 +151,9 @@ class CRVQLinear(nn.Linear):
     def _stored_weight(self) -> Tensor:
         """Returns the codes as they are stored, `[N, ceil(V*e/8)]`."""
         weight, nbits, num_codes = self._codes()
-        return crvq_kernels.untile_codes(weight, nbits, self.out_features, num_codes) if self._is_tiled else weight
+        if not self._is_tiled:
+            return weight
+        return _on_whole(weight, lambda whole: crvq_kernels.untile_codes(whole, nbits, self.out_features, num_codes))
 
     def _stored_codebooks(self) -> Tensor:
         """Returns the codebooks as they are stored."""
@@ -145,26 +162,61 @@ class CRVQLinear(nn.Linear):
             return encode_codebooks(codebooks)
         return codebooks if self.codebook_bits == 8 else codebooks.half()
 
+    def _stored_order(self) -> Tensor:
+        """Returns the channel order as it is stored."""
+        order, dtype = self.weight_order.detach(), order_dtype(self.in_features)
+        return order if order.dtype == dtype else _on_whole(order, lambda whole: whole.to(dtype))
+
+    def _stored(self) -> dict[str, Tensor]:
+        """Returns the tensors by their names in `TENSOR_NAMES` as they are stored, whatever became of them here."""
+        return {
+            "weight": self._stored_weight(),
+            "weight_codebooks": self._stored_codebooks(),
+            "weight_scale": self.weight_scale.detach().half(),  # PEFT casts what is float for its training
+            "weight_order": self._stored_order(),
+        }
+
+    def _store_(self) -> None:
+        """Undoes `tile_`."""
+        for name, tensor in self._stored().items():
+            parameter = self._parameters[name]
+            if tensor.dtype != parameter.dtype or tensor.shape != parameter.shape:
+                self._put(name, tensor)
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """Saves the tensors as they are stored, whatever became of them here."""
+        """Saves the tensors as they are stored."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # PEFT casts what is float in `prepare_model_for_kbit_training`.
-        destination[f"{prefix}weight_scale"] = destination[f"{prefix}weight_scale"].half()
-        destination[f"{prefix}weight_codebooks"] = self._stored_codebooks()
-        if self._is_tiled:
-            destination[f"{prefix}weight"] = self._stored_weight()
+        for name, tensor in self._stored().items():
+            destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Loads stored codes and codebooks."""
-        tiled, decoded = self._is_tiled, self.weight_codebooks.dtype != torch.int8
-        if tiled:
-            self.weight = _frozen(self._stored_weight())
-        self.weight_codebooks = _frozen(self._stored_codebooks())
+        """Loads tensors as they are stored."""
+        tiled, decoded, order = self._is_tiled, self.weight_codebooks.dtype != torch.int8, self.weight_order.dtype
+        self._store_()
         super()._load_from_state_dict(*args, **kwargs)
         if tiled:
             self.tile_()
-        elif decoded:
-            self.weight_codebooks = _frozen(decode_codebooks(self.weight_codebooks))
+            return
+        if decoded:
+            self._put("weight_codebooks", decode_codebooks(self.weight_codebooks))
+        if self.weight_order.dtype != order:
+            self._put("weight_order", self.weight_order.to(order))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Shows accelerate the tensors as they are stored while it hooks itself in (it keeps the forward first).
+
+        It brings tensors from a state dict, in shapes that must be those of the parameters.
+        """
+        super().__setattr__(name, value)
+        if name == "_old_forward":
+            self._store_()
+        elif name == "_hf_hook":
+            self.tile_()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name == "_hf_hook":
+            self.tile_()
 
     @classmethod
     def from_shape(
@@ -187,9 +239,7 @@ class CRVQLinear(nn.Linear):
 
     def quantized_weight(self) -> QuantizedWeight:
         """Returns the layer's tensors as they are stored, under their names in the algorithm; copied if need be."""
-        stored = {"weight": self._stored_weight(), "weight_codebooks": self._stored_codebooks()}
-        tensors = {name: self._parameters[name].detach() for name in TENSOR_NAMES} | stored
-        return QuantizedWeight.from_tensors(tensors, self.nbits, self.num_critical_groups)
+        return QuantizedWeight.from_tensors(self._stored(), self.nbits, self.num_critical_groups)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the dense weight `[N, K]` in `dtype`, as an `nn.Linear` would hold it."""
@@ -259,6 +309,23 @@ class CRVQLinear(nn.Linear):
             f"codebook_bits={self.codebook_bits}, "
             f"num_critical_groups={self.num_critical_groups}"
         )
+
+
+def _brings_tensors(hook: Any) -> bool:
+    """Returns whether a hook of accelerate brings a module's tensors for each forward and takes them away again."""
+    return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))
+
+
+def _on_whole(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns `change(tensor)`; of one that is shared out over processes (FSDP2), what it makes of the whole is."""
+    if not hasattr(tensor, "full_tensor"):
+        return change(tensor)
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    whole, mesh = change(tensor.full_tensor()), tensor.device_mesh
+    # Shares of int16 could not be sent when they are to be put together again.
+    placements = [Replicate()] * mesh.ndim if whole.dtype == torch.int16 else tensor.placements
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)  # all have the whole: nothing need be sent
 
 
 def _frozen(tensor: Tensor) -> FrozenParameter:

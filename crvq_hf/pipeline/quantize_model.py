@@ -16,6 +16,7 @@ from ..modeling.embedding import Int8Embedding, Int8Head, quantize_embeddings_
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import is_dense_linear, is_named_by, mark_quantized, unfuse_experts_to_quantize_
 from ..modeling.stacks import unfuse_stacks_
+from ..resources.settings import leave_inference_mode_, own_settings
 from ..selection.choice import choose_layers, dense_share
 from ..selection.stacked_weights import find_stacks
 from .block_loop import quantize_blocks_
@@ -62,6 +63,7 @@ def quantize_model(
     return model
 
 
+@own_settings()
 def quantize_(
     model: PreTrainedModel, config: CRVQConfig, tokenizer: Any = None, options: dict[str, Any] | None = None
 ) -> CRVQConfig:
@@ -76,6 +78,7 @@ def quantize_(
     Raises:
         ValueError: as `quantize_blocks_`, or the budget `bits` cannot be met.
     """
+    leave_inference_mode_(model)
     unfuse_experts_to_quantize_(model, config)
     patterns = config.modules_to_not_convert or []
     unfuse_stacks_(model, find_stacks(model, leave=lambda name: is_named_by(name, patterns)))

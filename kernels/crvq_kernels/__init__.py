@@ -2,7 +2,7 @@
 
 from .cpu import Layer as CPULayer
 from .cpu import why_not_better
-from .ops import dequantize, implementation, is_plain, linear, prefers_tiles
+from .ops import dequantize, implementation, is_plain, is_transformed, linear, prefers_tiles
 from .packing import (
     channel_index,
     codebook_ids,
@@ -23,6 +23,7 @@ __all__ = [
     "dequantize_ref",
     "implementation",
     "is_plain",
+    "is_transformed",
     "linear",
     "linear_ref",
     "num_virtual_groups",

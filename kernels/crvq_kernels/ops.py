@@ -92,7 +92,7 @@ def linear(
     Raises:
         ValueError: if a shape, dtype or device does not fit the others.
     """
-    if _is_transformed():
+    if is_transformed():
         layer = (codes, codebooks, scales, channel_order)
         _check_linear(x, *layer, bias, nbits, num_critical_groups)
         weight = torch.ops.crvq.dequantize(*layer, nbits, num_critical_groups, x.dtype)
@@ -149,7 +149,7 @@ def is_plain(x: Tensor, *trainable: Tensor | None) -> bool:
     return not any(tensor is not None and tensor.requires_grad for tensor in (x, *trainable))
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Returns whether `torch.func` transforms what runs, or forward-mode differentiation carries tangents along.
 
     The gradient that is registered below serves neither.

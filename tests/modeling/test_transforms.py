@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crvq_hf import CRVQLinear
+from crvq_hf.modeling.embedding import Int8Head, quantize_rows
 
 
 @pytest.fixture
@@ -85,6 +86,27 @@ def test_a_transform_gives_what_it_gives_for_a_dense_layer(weight, layer, dense,
     layer(x)  # so that it is packed for the kernel
     for ours, theirs in zip(transform(layer, x, tangent), transform(dense, x, tangent), strict=True):
         close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", [name for name in TRANSFORMS if "compile" not in name and name != "forward AD of the bias"]
+)
+def test_a_head_in_8_bits_under_a_transform(name, dtype):
+    dense = nn.Linear(64, 24, bias=False).to(dtype).requires_grad_(False)
+    head = Int8Head(dense, *quantize_rows(dense.weight))
+    x, tangent = torch.randn(3, 64).to(dtype), torch.randn(3, 64).to(dtype)
+    results = zip(TRANSFORMS[name](head, x, tangent), TRANSFORMS[name](head.to_dense(dtype), x, tangent), strict=True)
+    for ours, theirs in results:
+        assert (ours - theirs).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * theirs.norm()
+
+
+def test_a_traced_head_takes_any_number_of_tokens():
+    dense = nn.Linear(64, 24)
+    head = Int8Head(dense, *quantize_rows(dense.weight))
+    trace = torch.jit.trace(head, torch.randn(3, 64))
+    x = torch.randn(20, 64)
+    close(trace(x), head(x))
 
 
 def test_layers_of_an_ensemble(make_weight, layer):

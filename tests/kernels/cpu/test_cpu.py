@@ -208,11 +208,8 @@ def test_fake_and_vmapped_tensors_do_not_reach_the_kernel(make_layer, instructio
         assert linear(fake, *args).shape == (2, 100)
         assert type(linear(torch.randn(2, 72), *args)) is type(fake)
     x = torch.randn(4, 2, 72)
-    try:
-        y = torch.func.vmap(lambda row: linear(row, *args))(x)
-    except RuntimeError:
-        return  # refused is fine
-    torch.testing.assert_close(y, linear(x, *args))
+    y = torch.func.vmap(lambda row: linear(row, *args))(x)
+    torch.testing.assert_close(y, linear(x, *args), rtol=1e-3, atol=1e-3)
 
 
 def test_choice_by_environment(monkeypatch):
