@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter
 
-from .counting import QUANTIZED, uncounted
+from ..modeling.counting import QUANTIZED, uncounted
+from ..modeling.embedding import Int8Embedding, Int8Head
+from ..modeling.experts import UnfusedExperts
+from ..modeling.linear import CRVQLinear
+from ..modeling.replace import to_dense
 from .dense_weight import DenseWeight, WeightIsFrozen
-from .embedding import Int8Embedding, Int8Head
-from .experts import UnfusedExperts
-from .linear import CRVQLinear
-from .replace import to_dense
 
 _moving: ContextVar[bool] = ContextVar("moving", default=False)  # tensors, which accelerate finds as attributes
 

@@ -99,15 +99,15 @@ class RowNumbers(FrozenParameter):
     """The int8 weight of an embedding or a head, which says the dtype of the rows that it stands for, and has them.
 
     Attributes:
-        scales: the row scales, whose dtype it says.
+        scales: the row scales, whose dtype it says; None where others (accelerate) have made this of numbers alone.
     """
 
-    scales: nn.Parameter
+    scales: nn.Parameter | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the model; that of the numbers is int8."""
-        return self.scales.dtype
+        return Tensor.dtype.__get__(self) if self.scales is None else self.scales.dtype
 
     def __getitem__(self, index: Any) -> Tensor:
         """Returns dense rows, or part of them: Gemma 4 takes that of its padding token from here."""
