@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 from .finding import block_names, find_block_lists
 from .runner import BlockRunner, Leaf, State, replaced_forwards, run_on_text
 from .trees import hidden_of, tensors_of
+
+logger = logging.getLogger("crvq")
 
 _SEQLEN = 8
 _TOLERANCE = 1e-2  # relative; the same operations on the same numbers, so what differs at all differs by far more
@@ -100,10 +103,17 @@ def _records(model: nn.Module, name: str, blocks: nn.ModuleList) -> tuple[nn.Mod
             continue
         try:
             records = [_record(candidate, blocks, tokens) for tokens in _probes(candidate)]
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a model raises that misses its images, say
             problem = problem or error
             continue
         if records[0].order:
+            if problem is not None:
+                logger.warning(
+                    "%s is calibrated as the %s inside of it: it cannot be run on text alone (%s).",
+                    *(type(model).__name__, type(candidate).__name__, _words(problem)),
+                )
             return candidate, records
     reads = getattr(model, "main_input_name", "input_ids")
     if reads != "input_ids":

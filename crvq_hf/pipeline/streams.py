@@ -123,6 +123,11 @@ class Stream:
             start += len(tokens)
         return states
 
+    def _is_to_be_overwritten(self, tensor: Tensor) -> bool:
+        """Returns whether a tensor lies where hidden states are put: a block may hand on what it was given."""
+        own = self.hidden
+        return own is not None and own.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+
     def _kept(self, state: State, index: int, start: int) -> State:
         """Returns a state as it is kept: in the model's dtypes, new hidden states where those of all texts are."""
         leaves, hidden = iter(self.runner.leaves[index]), state.hidden
@@ -130,15 +135,17 @@ class Stream:
         def keep(tensor: Tensor) -> Tensor:
             leaf = next(leaves)
             if tensor is not hidden or leaf.dim is None:
-                return tensor.to("cpu", leaf.dtype)
+                kept = tensor.to("cpu", leaf.dtype)
+                return kept.clone() if self._is_to_be_overwritten(kept) else kept
             shape = list(tensor.shape)
             shape[leaf.dim] = len(self)
             if self.hidden is None or list(self.hidden.shape) != shape:
                 self.hidden = self._allocate(tuple(shape), leaf.dtype)
-            place = self.hidden.narrow(leaf.dim, start, tensor.shape[leaf.dim])
-            return place.copy_(tensor)
+            return self.hidden.narrow(leaf.dim, start, tensor.shape[leaf.dim])
 
-        return State(state.tokens, map_tensors(state.gaves, keep))
+        kept = State(state.tokens, map_tensors(state.gaves, keep))
+        kept.hidden.copy_(hidden)  # last: what has been there may be among the other tensors
+        return kept
 
 
 def start_streams(runner: BlockRunner, tokens: Tensor, config: CRVQConfig, work: WorkFolder) -> tuple[Stream, Stream]:

@@ -113,6 +113,28 @@ def test_a_block_that_remembers_its_runs_is_refused():
         rehearse(model)
 
 
+class Remembering(nn.Module):
+    """A block that leaves its input for all later ones, in a dict that it is given."""
+
+    def __init__(self, block: nn.Module, model: nn.Module):
+        super().__init__()
+        self.block = block
+        self.register_forward_pre_hook(lambda _, args, kw: (args, {"left": model.left} | kw), with_kwargs=True)
+
+    def forward(self, hidden, *args, left, **kwargs):
+        left[len(left)] = hidden
+        return self.block(sum(left.values()), *args, **kwargs)
+
+
+def test_what_blocks_leave_for_later_ones_is_kept():
+    """Also where it is the very tensor that the stream keeps hidden states in."""
+    model = make("llama", num_hidden_layers=4)
+    model.get_input_embeddings().register_forward_hook(lambda *_: setattr(model, "left", {}))
+    for index, block in enumerate(model.model.layers):
+        model.model.layers[index] = Remembering(block, model)
+    check_one_by_one(model)
+
+
 def test_a_model_that_takes_no_text_alone_is_refused():
     model = make("llama")
     model.forward = model.model.forward = lambda input_ids, pixel_values: None

@@ -138,8 +138,9 @@ def blip2():
     return transformers.Blip2ForConditionalGeneration._from_config(made).eval()
 
 
-def test_of_a_model_that_needs_images_the_language_model_is_calibrated(quantize, tmp_path):
+def test_of_a_model_that_needs_images_the_language_model_is_calibrated(quantize, tmp_path, caplog):
     model = quantize(blip2())
+    assert "Blip2ForConditionalGeneration is calibrated as the OPTForCausalLM inside of it" in caplog.text
     assert all(name.startswith("language_model.model.decoder.layers.") for name in quantized_layers(model))
     assert model.crvq_report["e2e_loss"] is not None
     model.save_pretrained(tmp_path / "quantized")
