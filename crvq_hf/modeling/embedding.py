@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .frozen import FrozenParameter
+from .frozen import as_traced
 
 logger = logging.getLogger("crvq")
 
@@ -95,7 +95,7 @@ def int8_linear(input: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     return output.to(input.dtype).view(*input.shape[:-1], len(weight))
 
 
-class RowNumbers(FrozenParameter):
+class RowNumbers(nn.Parameter):
     """The int8 weight of an embedding or a head, which says the dtype of the rows that it stands for, and has them.
 
     Attributes:
@@ -170,7 +170,7 @@ class Int8Embedding(_Int8Rows, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Returns `[..., H]` for token numbers `[...]`."""
         scales = self.weight_row_scale
-        rows = dequantize_rows(F.embedding(input, self.packed), scales[input], scales.dtype)
+        rows = dequantize_rows(F.embedding(input, as_traced(self.packed)), scales[input], scales.dtype)
         scale = getattr(self.dense, "embed_scale", None)
         if scale is None:
             return rows
@@ -212,7 +212,7 @@ class Int8Head(_Int8Rows, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `[..., V]` in the dtype of `input`, `[..., H]`."""
-        output = int8_linear(input, self.packed.detach(), self.weight_row_scale)
+        output = int8_linear(input, as_traced(self.packed).detach(), self.weight_row_scale)
         return output if self.bias is None else output + self.bias
 
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:

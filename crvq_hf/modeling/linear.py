@@ -22,7 +22,7 @@ from ..quantized_weight import (
     encode_codebooks,
     order_dtype,
 )
-from .frozen import FrozenParameter, as_traced
+from .frozen import frozen
 
 # Arguments of the kernels.
 _operands = itemgetter("weight", "weight_codebooks", "weight_scale", "weight_order", "bias")
@@ -87,7 +87,7 @@ class CRVQLinear(nn.Linear):
             codebook_bits=codebook_bits,
         )
         for name, (size, dtype) in shape.tensors().items():
-            self.register_parameter(name, _frozen(torch.empty(size, dtype=dtype, device=device)))
+            self.register_parameter(name, frozen(torch.empty(size, dtype=dtype, device=device)))
         bias_tensor = torch.empty(out_features, dtype=bias_dtype, device=device) if bias else None
         self.register_parameter("bias", _untrained(bias_tensor))
 
@@ -96,7 +96,7 @@ class CRVQLinear(nn.Linear):
         """Returns a layer that holds the tensors of `weight` and `bias` (`[N]` or None) without copying them."""
         layer = cls.from_shape(weight.shape, bias=bias is not None, bias_dtype=None, device="meta")
         for name, tensor in weight.tensors().items():
-            setattr(layer, name, _frozen(tensor))
+            setattr(layer, name, frozen(tensor))
         layer.bias = _untrained(bias)
         return layer
 
@@ -117,9 +117,9 @@ class CRVQLinear(nn.Linear):
 
     def _put(self, name: str, tensor: Tensor) -> None:
         """Makes `tensor` the parameter `name`, with what others (transformers) have noted on the one before."""
-        parameter = _frozen(tensor)
+        parameter = nn.Parameter(tensor.detach(), requires_grad=False)
         parameter.__dict__.update(self._parameters[name].__dict__)
-        setattr(self, name, parameter)
+        setattr(self, name, frozen(parameter))
 
     @property
     def packed(self) -> nn.Parameter:
@@ -256,10 +256,10 @@ class CRVQLinear(nn.Linear):
                 return layer(input)
         return crvq_kernels.linear(
             input,
-            as_traced(self.packed),
-            decode_codebooks(as_traced(self.weight_codebooks)),
-            as_traced(self.weight_scale),
-            as_traced(self.weight_order),
+            self.packed,
+            decode_codebooks(self.weight_codebooks),
+            self.weight_scale,
+            self.weight_order,
             self.bias,
             self.nbits,
             self.num_critical_groups,
@@ -326,11 +326,6 @@ def _on_whole(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     # Shares of int16 could not be sent when they are to be put together again.
     placements = [Replicate()] * mesh.ndim if whole.dtype == torch.int16 else tensor.placements
     return distribute_tensor(whole, mesh, placements, src_data_rank=None)  # all have the whole: nothing need be sent
-
-
-def _frozen(tensor: Tensor) -> FrozenParameter:
-    """Returns `tensor` as a parameter that has no gradient."""
-    return FrozenParameter(tensor.detach(), requires_grad=False)
 
 
 def _untrained(bias: Tensor | None) -> nn.Parameter | None:
