@@ -86,6 +86,8 @@ def _shrunk(config: PreTrainedConfig, variant: dict[str, int]) -> PreTrainedConf
             fields[key] = 0.1  # so that every part of the model counts
         elif type(value) is int:
             fields[key] = _smaller(key, value, variant)
+        elif isinstance(value, list) and len(set(map(str, value))) == 1 and type(value[0]) is int:
+            fields[key] = _smaller(key, value[0], variant)  # the class makes a list of it
         elif isinstance(value, dict) and "mrope_section" in value:  # of half a head
             fields[key] = value | {"mrope_section": [4, 2, 2]}
         elif isinstance(value, dict) and key in variant:

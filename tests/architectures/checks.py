@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ import transformers
 from tiny import TEXT, tiny_tokenizer
 from transformers.models.auto import modeling_auto
 
+import crvq_hf
 from crvq_hf import CRVQConfig, quantize_model
-from crvq_hf.blocks.finding import BlockRunner
+from crvq_hf.blocks.rehearsal import rehearse
+from crvq_hf.blocks.runner import State
 from crvq_hf.pipeline import block_loop
 
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -85,7 +88,7 @@ def check(architecture: str, **fields) -> Verdict:
                     return Verdict(architecture, WRONG, model.crvq_report["dense_share"], f"{step}: {problem}")
     except Exception as error:
         logging.getLogger("sweep").debug("%s", architecture, exc_info=True)
-        if isinstance(error, ValueError) and not begun:
+        if isinstance(error, ValueError) and not begun and _is_ours(error):
             return Verdict(architecture, REFUSED, why=_sentence(error))
         return Verdict(
             architecture, AFTER if begun else BEFORE, why=f"{step}: {type(error).__name__}: {_sentence(error)}"
@@ -139,16 +142,20 @@ def _writes(model) -> bool:
 @torch.no_grad()
 def _by_blocks(model, tokens: torch.Tensor) -> torch.Tensor:
     """Returns the logits of running block after block, as calibration does."""
-    runner = BlockRunner(model)
-    hidden = runner.embed(tokens)
-    for index in range(len(runner.blocks)):
-        hidden = runner.run(index, hidden, "cpu")
-    return runner.logits(hidden)
+    runner, state = rehearse(model), State(tokens)
+    for index in runner.order:
+        state = state.then(runner.call(index, runner.arguments(index, state)), runner.lists[index])
+    return runner.logits(state)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor, most: float) -> str:
     error = float((found - expected).norm() / expected.norm())
     return f"relative error {error:.2g}" if not error <= most or math.isnan(error) else ""
+
+
+def _is_ours(error: Exception) -> bool:
+    """Returns whether an error was raised in crvq_hf, not in the code of a model."""
+    return str(Path(crvq_hf.__file__).parent) in traceback.extract_tb(error.__traceback__)[-1].filename
 
 
 def _sentence(error: Exception) -> str:

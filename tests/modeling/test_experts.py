@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 import transformers
+import transformers.initialization
 from safetensors.torch import load_file
 from shrink import tiny_model
 from transformers import AutoModelForCausalLM
