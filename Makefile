@@ -13,7 +13,7 @@ demo: .venv/.demo
 
 # A process a core; in it one thread, or they would be in each other's way.
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 # Every architecture that transformers knows, one after the other; hours. Writes tests/architectures/SWEEP.md.
 sweep: .venv/.dev

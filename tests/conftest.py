@@ -24,6 +24,17 @@ settings.register_profile("crvq", deadline=None, max_examples=50, derandomize=Tr
 settings.load_profile("crvq")
 
 
+# A process of pytest-xdist takes a file at a time. These take longest: they come first, or one ends alone with them.
+LONGEST = (
+    "distributed popular aot autoload elsewhere hub block_loop code_paths sanitizers cli kills gemm packaging serve "
+    "demo tensor_parallel command_line"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

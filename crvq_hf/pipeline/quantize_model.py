@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -111,25 +110,6 @@ def _check_plain(model: Any) -> None:
         raise ValueError(
             f"quantize_model takes a transformers model, got {type(model).__name__}; give the model that is inside."
         )
-
-
-def _nothing_to_quantize(model: nn.Module, skipped: dict[str, str]) -> str:
-    """Returns a sentence on why no layer can be quantized.
-
-    Args:
-        model: has the layers.
-        skipped: why each is left dense, by name.
-    """
-    counts = Counter(skipped.values())
-    examples = {why: name for name, why in reversed(skipped.items())}
-    told = "; ".join(f"{counts[why]} such as {examples[why]}, because {why}" for why, _ in counts.most_common(3))
-    if not told:
-        return f"{type(model).__name__} has no layer to quantize; its blocks have no linear layers."
-    check = "check modules_to_not_convert: " if any("modules_to_not_convert" in why for why in counts) else ""
-    return (
-        f"{type(model).__name__} has no layer to quantize; {check}its linear layers stay dense, {told}. "
-        "Codes are for groups of in_group_size (4, 8 or 16) input channels."
-    )
 
 
 def _recorded_config(model: nn.Module, config: CRVQConfig) -> CRVQConfig:

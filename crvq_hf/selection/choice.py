@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from torch import nn
@@ -60,11 +60,7 @@ def choose_layers(model: PreTrainedModel, config: CRVQConfig) -> tuple[CRVQConfi
         linears = {name: module for name, module in linears.items() if name not in costly}
         spent = within_budget(config, map(linear_size, linears.values()))
     if not linears:
-        kept = ", ".join(sorted({*reasons.values(), *dense.values()})) or "its blocks have no nn.Linear"
-        raise ValueError(
-            f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert and in_group_size (all "
-            f"stays dense: {kept})."
-        )
+        raise ValueError(_nothing_to_quantize(model, reasons | dense))
     if dense:
         spent = copy.copy(spent)
         spent.modules_to_not_convert = [*(config.modules_to_not_convert or []), *sorted(dense)]
@@ -72,6 +68,25 @@ def choose_layers(model: PreTrainedModel, config: CRVQConfig) -> tuple[CRVQConfi
     for name in found.read & rows.keys():
         logger.warning("%s stays as it is: other code reads its numbers.", name)
     return spent, found.read & rows.keys()
+
+
+def _nothing_to_quantize(model: nn.Module, skipped: dict[str, str]) -> str:
+    """Returns a sentence on why no layer can be quantized.
+
+    Args:
+        model: has the layers.
+        skipped: why each is left dense, by name.
+    """
+    counts = Counter(skipped.values())
+    examples = {why: name for name, why in reversed(skipped.items())}
+    told = "; ".join(f"{counts[why]} such as {examples[why]}, because {why}" for why, _ in counts.most_common(3))
+    if not told:
+        return f"{type(model).__name__} has no layer to quantize; its blocks have no linear layers."
+    check = "check modules_to_not_convert: " if any("modules_to_not_convert" in why for why in counts) else ""
+    return (
+        f"{type(model).__name__} has no layer to quantize; {check}its linear layers stay dense, {told}. "
+        "Codes are for groups of in_group_size (4, 8 or 16) input channels."
+    )
 
 
 def dense_share(model: nn.Module, quantized: Iterable[nn.Module]) -> float:

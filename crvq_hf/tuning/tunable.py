@@ -125,7 +125,7 @@ class TunableLinear(nn.Module):
         served = self.groups, self.pieces, self.first_piece
         tokens = x.to(dtype).flatten(0, -2)
         y = _QuantizedProduct.apply(tokens, self._rounded(), scales, self.codes, self.channel_order, served)
-        y = y.view(*x.shape[:-1], -1)
+        y = y.view(*x.shape[:-1], y.shape[-1])  # also where no token came by
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def _rounded(self) -> Tensor:

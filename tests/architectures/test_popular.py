@@ -9,6 +9,7 @@ from shrink import tiny_config
 
 # The most that may stay dense of the weights of their blocks: what chooses experts, what other code reads.
 POPULAR = {
+    "bamba": 0.02,
     "bloom": 0,
     "cohere2": 0,
     "deepseek_v3": 0.01,
@@ -16,6 +17,8 @@ POPULAR = {
     "falcon": 0,
     "gemma2": 0,
     "gemma3": 0,
+    "gemma3n_text": 0.03,
+    "gemma4_text": 0.03,
     "glm4_moe": 0.01,
     "gpt2": 0,
     "gpt_neox": 0,

@@ -6,12 +6,11 @@ import logging
 
 import pytest
 import torch
-import transformers
-import transformers.initialization
 from safetensors.torch import load_file
 from shrink import tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.initialization import normal_
 from transformers.integrations.moe import use_experts_implementation
 
 from crvq_hf import CRVQConfig, CRVQLinear, quantize_model
@@ -165,7 +164,7 @@ def test_every_layout_computes_the_same_and_comes_back(transposed, interleaved, 
         has_gate=gate,
         has_post_expert_norm=norm,
     )
-    config = transformers.MixtralConfig()
+    config = MixtralConfig()
     config._experts_implementation = "batched_mm"
     holder = torch.nn.Module()
     holder.experts = decorate(Experts)(config)
@@ -191,7 +190,7 @@ def test_what_is_asked_of_the_fused_module_is_answered(make_model):
     unfuse_experts_(model)
     experts = model.model.layers[0].mlp.experts
     assert experts.gate_up_proj.is_meta and experts.gate_up_proj.shape == shape
-    transformers.initialization.normal_(experts.gate_up_proj)
+    normal_(experts.gate_up_proj)
     assert not hasattr(experts, "nothing") and copy.deepcopy(experts).num_experts == 4
 
 

@@ -23,7 +23,7 @@ def test_gemma_3n_and_gemma_4(architecture, quantize, tmp_path):
     """All of it: calibrated, tuned, saved, loaded."""
     model, original = quantize(build(architecture), nbits_per_codebook=5, e2e_nsamples=6), build(architecture)
     errors = {name: line["relative_error"] for name, line in model.crvq_report["layers"].items()}
-    assert len(errors) >= 4 * 8 and 0 < sum(errors.values()) / len(errors) < 0.3 and max(errors.values()) < 0.5
+    assert len(errors) >= 4 * 7 and 0 < sum(errors.values()) / len(errors) < 0.3 and max(errors.values()) < 0.5
     assert model.crvq_report["e2e_loss"]["last"] < 1
     model.save_pretrained(tmp_path / "quantized")
     again = type(model).from_pretrained(tmp_path / "quantized")
