@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from ..config import split_field
-from ..pipeline.text import check_tokens, first_tokens, read_text
+from ..pipeline.text import check_tokens, first_tokens, longest_text, read_text
 
 SEQLEN = 2048  # tokens per window where the model, and the text, have so many
 CHUNK = 256  # positions whose logits are in fp32 at once
@@ -87,7 +87,7 @@ def perplexity(
         ValueError: `seqlen` or `windows` is out of range, the text is shorter than one window, or its tokens are of
             another model.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_text(model)
     check_tokens(model, tokens)
     if seqlen is None:
         seqlen = max(2, min(SEQLEN, longest or SEQLEN, len(tokens)))

@@ -16,7 +16,7 @@ from ..checkpoint.sources import load_tokenizer
 from ..config import CRVQConfig, split_field
 from ..resources import distributed
 from ..resources.device import compute_device
-from .text import check_tokens, drawn_tokens, read_text
+from .text import check_tokens, drawn_tokens, longest_text, read_text
 
 _HUB_DATASETS = ("wikitext2", "c4")
 # Sequences of end-to-end fine-tuning over `nsamples`, where the config leaves their number open.
@@ -41,7 +41,7 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> 
     """
     if config.dataset is None:
         return None
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_text(model)
     if longest is not None and config.seqlen > longest:
         raise ValueError(f"seqlen={config.seqlen} is more than the {longest} tokens the model takes; lower seqlen.")
     if config.dataset == "self":

@@ -111,6 +111,12 @@ def drawn_tokens(tokenizer: Any, text: str, most: int, seqlen: int, seed: int) -
     return torch.cat([found[place] for place in sorted(found)]), len(found) == len(pieces)
 
 
+def longest_text(model: nn.Module) -> int | None:
+    """Returns how many tokens a model takes at once, None if any number (XLNet says -1)."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest if longest and longest > 0 else None
+
+
 def check_tokens(model: nn.Module, tokens: Tensor) -> None:
     """Raises ValueError if there are tokens that the model's embedding has no row for."""
     try:

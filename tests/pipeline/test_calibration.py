@@ -198,6 +198,11 @@ def test_sequences_longer_than_the_model_takes(model, tokenizer, file):
     assert calibration_tokens(model, None, config(dataset="self", nsamples=1, seqlen=128)).shape == (1, 128)
 
 
+def test_a_model_that_takes_any_number_of_tokens(model, tokenizer, file, monkeypatch):
+    monkeypatch.setattr(model.config, "max_position_embeddings", -1)  # as XLNet's config says it
+    assert calibration_tokens(model, tokenizer, config(dataset=str(file), nsamples=1, seqlen=129)).shape[1] == 129
+
+
 def test_too_little_text(model, tokenizer):
     with pytest.raises(ValueError) as caught:
         calibration_tokens(model, tokenizer, config(dataset=["the quick brown fox"]))
