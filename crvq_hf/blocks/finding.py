@@ -73,12 +73,7 @@ def named_blocks(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: it has none.
     """
     lists = find_block_lists(model)
-    return dict(zip(block_names(lists), (block for blocks in lists.values() for block in blocks), strict=True))
-
-
-def block_names(lists: dict[str, nn.ModuleList]) -> list[str]:
-    """Returns the names of all blocks in the order of the lists, see `find_block_lists`."""
-    return [f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))]
+    return {f"{name}.{index}": block for name, blocks in lists.items() for index, block in enumerate(blocks)}
 
 
 def _largest_list(modules: dict[str, nn.Module]) -> tuple[str, nn.ModuleList | None]:

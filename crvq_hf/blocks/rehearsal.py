@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .finding import block_names, find_block_lists
+from .finding import find_block_lists, named_blocks
 from .runner import BlockRunner, Leaf, State, replaced_forwards, run_on_text
 from .trees import hidden_of, tensors_of
 
@@ -44,8 +44,8 @@ def rehearse(model: nn.Module) -> BlockRunner:
             block to block that cannot be kept.
     """
     kind, lists = type(model).__name__, find_block_lists(model)
-    names = block_names(lists)
-    blocks = nn.ModuleList(block for blocks in lists.values() for block in blocks)
+    named = named_blocks(model)
+    names, blocks = list(named), nn.ModuleList(named.values())
     text_model, records = _records(model, list(lists)[-1], blocks)
     order = records[0].order
     if any(record.order != order for record in records) or order != sorted(set(order)):

@@ -23,7 +23,7 @@ class _PassesBy:
         return _PassesBy, (None,)
 
 
-def frozen(tensor: Tensor) -> nn.Parameter:
+def frozen_parameter(tensor: Tensor) -> nn.Parameter:
     """Returns `tensor` as a parameter without gradient, which `model.requires_grad_(True)` passes by.
 
     It is of no class of its own: what traces or wraps programs turns subclasses of `nn.Parameter` away.
@@ -37,7 +37,7 @@ def freeze_(layer: nn.Module) -> None:
     """Makes all parameters of a quantized layer but its bias frozen ones, in place; what shares them goes on to."""
     for name, parameter in layer.named_parameters(recurse=False):
         if name != "bias":
-            frozen(parameter)
+            frozen_parameter(parameter)
 
 
 def as_traced(tensor: Tensor) -> Tensor:

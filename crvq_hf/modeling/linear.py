@@ -22,7 +22,7 @@ from ..quantized_weight import (
     encode_codebooks,
     order_dtype,
 )
-from .frozen import frozen
+from .frozen import frozen_parameter
 
 # Arguments of the kernels.
 _operands = itemgetter("weight", "weight_codebooks", "weight_scale", "weight_order", "bias")
@@ -87,7 +87,7 @@ class CRVQLinear(nn.Linear):
             codebook_bits=codebook_bits,
         )
         for name, (size, dtype) in shape.tensors().items():
-            self.register_parameter(name, frozen(torch.empty(size, dtype=dtype, device=device)))
+            self.register_parameter(name, frozen_parameter(torch.empty(size, dtype=dtype, device=device)))
         bias_tensor = torch.empty(out_features, dtype=bias_dtype, device=device) if bias else None
         self.register_parameter("bias", _untrained(bias_tensor))
 
@@ -96,7 +96,7 @@ class CRVQLinear(nn.Linear):
         """Returns a layer that holds the tensors of `weight` and `bias` (`[N]` or None) without copying them."""
         layer = cls.from_shape(weight.shape, bias=bias is not None, bias_dtype=None, device="meta")
         for name, tensor in weight.tensors().items():
-            setattr(layer, name, frozen(tensor))
+            setattr(layer, name, frozen_parameter(tensor))
         layer.bias = _untrained(bias)
         return layer
 
@@ -119,7 +119,7 @@ class CRVQLinear(nn.Linear):
         """Makes `tensor` the parameter `name`, with what others (transformers) have noted on the one before."""
         parameter = nn.Parameter(tensor.detach(), requires_grad=False)
         parameter.__dict__.update(self._parameters[name].__dict__)
-        setattr(self, name, frozen(parameter))
+        setattr(self, name, frozen_parameter(parameter))
 
     @property
     def packed(self) -> nn.Parameter:

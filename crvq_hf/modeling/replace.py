@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks.finding import find_block_lists
+from ..blocks.finding import named_blocks
 from ..config import FINEST_GROUP, CRVQConfig
 from ..quantized_weight import QuantizedWeight
 from .experts import find_fused_experts, shared_parameters, unfuse_experts_
@@ -38,7 +38,6 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
     Raises:
         ValueError: the model has no decoder blocks.
     """
-    lists = find_block_lists(model)
     patterns = config.modules_to_not_convert or []
     shared = shared_parameters(model)
     in_float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
@@ -46,7 +45,8 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
 
     multiple = config.in_group_size if config.bits is None else FINEST_GROUP
     linears, skipped = {}, {}
-    for name, module in chain.from_iterable(blocks.named_modules(prefix=name) for name, blocks in lists.items()):
+    blocks = named_blocks(model).items()
+    for name, module in chain.from_iterable(block.named_modules(prefix=path) for path, block in blocks):
         if not is_dense_linear(module):
             continue
         in_features, _ = linear_size(module)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from ..blocks.finding import block_names, find_block_lists, kind_of
+from ..blocks.finding import kind_of, named_blocks
 from ..blocks.rehearsal import rehearse
 from ..blocks.runner import BlockRunner, State
 from ..config import CRVQConfig
@@ -57,7 +57,7 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
             another run, too little memory or disk for the activations.
     """
     device = compute_device(config.device)
-    names = block_names(find_block_lists(model))
+    names = list(named_blocks(model))
     linears, _ = quantizable_linears(model, config)
     for pattern in unmatched_patterns(model, config):
         logger.warning("modules_to_not_convert: %r matches no module of %s.", pattern, type(model).__name__)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks.finding import kind_of
+from ..blocks.runner import run_on_text
 
 logger = logging.getLogger("crvq")
 
@@ -50,11 +51,9 @@ class Findings:
 
 
 @torch.no_grad()
-def run_on_trial(model: nn.Module) -> Tensor:
-    """Returns the logits, or the first output, of a transformers model for a few tokens of text."""
-    tokens = _tokens(model)
-    decoder = {"decoder_input_ids": tokens} if getattr(model.config, "is_encoder_decoder", False) else {}
-    return model(input_ids=tokens, use_cache=False, **decoder)[0]
+def run_on_trial(model: nn.Module) -> None:
+    """Runs a transformers model on a few tokens of text."""
+    run_on_text(model, _tokens(model))
 
 
 def _tokens(model: nn.Module) -> Tensor:

@@ -6,7 +6,7 @@ import transformers
 from many_models import build
 from torch import nn
 
-from crvq_hf.blocks.finding import block_names, find_block_lists, find_blocks, for_each_input, survey
+from crvq_hf.blocks.finding import find_block_lists, find_blocks, for_each_input, named_blocks, survey
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,10 @@ def test_every_use_of_a_layer_counts():
     ],
 )
 def test_an_encoder_comes_before_its_decoder(architecture, names):
-    lists = find_block_lists(build(architecture))
+    model = build(architecture)
+    lists = find_block_lists(model)
     assert list(lists) == names and [len(blocks) for blocks in lists.values()] == [2] * len(names)
-    assert block_names(lists)[0] == names[0] + ".0" and len(block_names(lists)) == 2 * len(names)
+    assert list(named_blocks(model)) == [f"{name}.{index}" for name in names for index in range(2)]
 
 
 def test_an_encoder_decoder_without_lists_is_refused():
