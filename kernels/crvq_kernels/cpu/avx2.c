@@ -47,7 +47,7 @@ TARGET void avx2_dequantize(layer *l, int64_t tile, int64_t tile_end) { dequanti
 
 TARGET static void make(const layer *l, int64_t block, desk *desk) { make_float_tables(l, block, desk); }
 
-TARGET static int search(const crvq_search_call *c, int64_t row, int64_t row_end) { return search_rows(c, row, row_end); }
+TARGET int avx2_search(const crvq_search_call *c, int64_t row, int64_t row_end) { return search_rows(c, row, row_end); }
 
 const table_kind avx2_float_tables = {
     .entry_bytes = sizeof(float),
@@ -61,7 +61,7 @@ const instruction_set avx2_set = {
     .read_floats = avx2_read_floats,
     .write_floats = avx2_write_floats,
     .dequantize = avx2_dequantize,
-    .search = search,
+    .search = avx2_search,
     .byte_codes = &avx2_float_tables,
     .wide_codes = &avx2_float_tables,
 };

@@ -1,13 +1,10 @@
 /* AVX-512 VBMI: tables of 16-bit integers as two byte planes, 64 lookups in six byte shuffles, sums in 16 bits. Codes
- * of more than 8 bits have AVX2's tables. */
+ * of more than 8 bits have AVX2's tables, and codes are searched for with AVX2. */
 #include "avx2.h"
 
 #ifdef HAVE_X86
 #include <immintrin.h>
 #include <string.h>
-
-#define LANES 16
-#include "code_search.h"
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx2,fma,f16c")))
 
@@ -227,8 +224,6 @@ TARGET static void read_codebooks_vbmi(layer *l) {
     }
 }
 
-TARGET static int search(const crvq_search_call *c, int64_t row, int64_t row_end) { return search_rows(c, row, row_end); }
-
 static const table_kind byte_tables = {
     .entry_bytes = sizeof(uint16_t),
     .read_codebooks = read_codebooks_vbmi,
@@ -242,7 +237,7 @@ const instruction_set vbmi_set = {
     .read_floats = avx2_read_floats,
     .write_floats = avx2_write_floats,
     .dequantize = avx2_dequantize,
-    .search = search,
+    .search = avx2_search,
     .byte_codes = &byte_tables,
     .wide_codes = &avx2_float_tables,
 };
