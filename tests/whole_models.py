@@ -76,6 +76,21 @@ def logits_of(model, tokens) -> torch.Tensor:
     return model(input_ids=tokens, use_cache=False).logits
 
 
+def come_back_dense(model, names, tokens, folder):
+    """Returns what a quantized causal model is after saving it in `folder`, loading (bit-equal) and dequantizing.
+
+    Its tensors then have `names`, those of the dense model.
+    """
+    model.save_pretrained(folder)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    expected = logits_of(model, tokens)
+    assert torch.equal(logits_of(loaded, tokens), expected)
+    dense = loaded.dequantize()
+    assert dense.state_dict().keys() == names
+    torch.testing.assert_close(logits_of(dense, tokens), expected, rtol=1e-3, atol=1e-3)
+    return dense
+
+
 def equal_state(first, second) -> bool:
     one, two = first.state_dict(), second.state_dict()
     return one.keys() == two.keys() and all(

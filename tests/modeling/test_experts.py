@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 from transformers.initialization import normal_
 from transformers.integrations.moe import use_experts_implementation
+from whole_models import come_back_dense
 
 from crvq_hf import CRVQConfig, CRVQLinear, quantize_model
 from crvq_hf.modeling.experts import UnfusedExperts, find_fused_experts, fuse_experts_, unfuse_experts_
@@ -202,12 +203,7 @@ def test_models_whose_experts_lie_otherwise(tmp_path, tokens, architecture):
     assert find_fused_experts(model)[0] == {} and model.crvq_report["dense_share"] < 0.1
     experts = next(module for module in model.modules() if isinstance(module, UnfusedExperts))
     assert all(isinstance(layer, CRVQLinear) for layer in experts.get_submodule("0").children())
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded, tokens), logits(model, tokens))
-    dense = loaded.dequantize()
-    assert dense.state_dict().keys() == names
-    torch.testing.assert_close(logits(dense, tokens), logits(model, tokens), rtol=1e-3, atol=1e-3)
+    come_back_dense(model, names, tokens, tmp_path)
 
 
 @pytest.mark.parametrize("architecture", MODELS)
