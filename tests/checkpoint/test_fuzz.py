@@ -65,6 +65,7 @@ def value_error_or(call):
 @example({"modules_to_not_convert": ["(" * 3000]})
 @example({"modules_to_not_convert": ["(?:" * 500 + ")" * 500]})
 @example({"seed": float("nan")})
+@example({"self": None})
 def test_config_fields(fields):
     config = value_error_or(lambda: CRVQConfig.from_dict(fields))
     if config is not None:
