@@ -13,12 +13,13 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import sys
 from collections import ChainMap, Counter
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
-import crvq_kernels
 import torch
+from crvq_kernels import dequantize_rows, rows_linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,10 +28,6 @@ from .frozen import as_traced
 logger = logging.getLogger("crvq")
 
 ROW_SCALE = "weight_row_scale"
-# Rows of the head that are made dense at once: on a CPU what stays in the cache, on a GPU what fills it with work.
-_CHUNK_ELEMENTS = {"cpu": 2**19}
-_LARGE_CHUNK = 2**27
-_FEW_TOKENS = 8  # up to here PyTorch's int8 kernel for bfloat16 is faster than a dense multiplication
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,42 +56,6 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return numbers, scales
 
 
-def dequantize_rows(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns dense rows `[..., H]` in `dtype` of int8 `weight` `[..., H]` and `scales` `[...]`."""
-    return weight.to(dtype) * scales.to(dtype).unsqueeze(-1)
-
-
-def int8_linear(input: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """Returns `input @ dense.T`, `[..., V]` in the dtype of `input`, without ever holding all of the dense weight.
-
-    That is so in inference; for gradients, when compiled or traced, and under `torch.func`, the dense weight is made.
-
-    Args:
-        input: `[..., H]`, floating point.
-        weight: `[V, H]`, int8.
-        scales: `[V]`, floating point.
-    """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or crvq_kernels.is_transformed()
-    if traced or (torch.is_grad_enabled() and input.requires_grad):
-        return F.linear(input, dequantize_rows(weight, scales, input.dtype))
-    tokens = input.reshape(-1, input.shape[-1])
-    if input.is_cpu and input.dtype == torch.bfloat16 and len(tokens) <= _FEW_TOKENS:
-        output = torch._weight_int8pack_mm(tokens, weight, scales.to(torch.bfloat16))
-    else:
-        if input.is_cpu and input.dtype == torch.float16:
-            tokens = tokens.float()  # CPUs convert int8 to float32 fast, to float16 slowly
-        output = tokens.new_empty(len(tokens), len(weight))
-        rows = max(64, _CHUNK_ELEMENTS.get(input.device.type, _LARGE_CHUNK) // weight.shape[1])
-        for start in range(0, len(weight), rows):
-            part = slice(start, start + rows)
-            if tokens.dtype == torch.float16:  # whose range sums of int8 products may leave
-                dense = dequantize_rows(weight[part], scales[part], tokens.dtype)
-                output[:, part] = F.linear(tokens, dense)
-            else:
-                output[:, part] = F.linear(tokens, weight[part].to(tokens.dtype)) * scales[part].to(tokens.dtype)
-    return output.to(input.dtype).view(*input.shape[:-1], len(weight))
-
-
 class RowNumbers(nn.Parameter):
     """The int8 weight of an embedding or a head, which says the dtype of the rows that it stands for, and has them.
 
@@ -106,8 +67,11 @@ class RowNumbers(nn.Parameter):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the model; that of the numbers is int8."""
-        return Tensor.dtype.__get__(self) if self.scales is None else self.scales.dtype
+        """The dtype of the model; for PyTorch's compilers, which make programs that read the numbers, int8."""
+        asked_by = sys._getframe(1).f_globals.get("__name__", "")
+        if self.scales is None or asked_by.startswith("torch._"):
+            return Tensor.dtype.__get__(self)
+        return self.scales.dtype
 
     def __getitem__(self, index: Any) -> Tensor:
         """Returns dense rows, or part of them: Gemma 4 takes that of its padding token from here."""
@@ -131,6 +95,16 @@ def answer_dtypes_(model: nn.Module) -> None:
 
 class _Int8Rows(nn.Module):
     """What the two modules below have in common."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The int8 numbers, which say the dtype of the model; in a compiled program the dense weight.
+
+        There only a tensor can answer for its dtype, and compilers drop what of it is not used.
+        """
+        if "weight" not in self._parameters:
+            raise AttributeError("weight")  # not registered yet, or deleted
+        return self.dequantize(self.compute_dtype) if torch.compiler.is_compiling() else self.packed
 
     @property
     def packed(self) -> nn.Parameter:
@@ -212,7 +186,7 @@ class Int8Head(_Int8Rows, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `[..., V]` in the dtype of `input`, `[..., H]`."""
-        output = int8_linear(input, as_traced(self.packed).detach(), self.weight_row_scale)
+        output = rows_linear(input, as_traced(self.packed).detach(), self.weight_row_scale)
         return output if self.bias is None else output + self.bias
 
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:

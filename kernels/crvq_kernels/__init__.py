@@ -14,6 +14,7 @@ from .packing import (
     untile_codes,
 )
 from .reference import dequantize_ref, linear_ref
+from .rows import dequantize_rows, rows_linear
 
 __all__ = [
     "CPULayer",
@@ -21,6 +22,7 @@ __all__ = [
     "codebook_ids",
     "dequantize",
     "dequantize_ref",
+    "dequantize_rows",
     "implementation",
     "is_plain",
     "is_transformed",
@@ -30,6 +32,7 @@ __all__ = [
     "pack_codes",
     "packed_width",
     "prefers_tiles",
+    "rows_linear",
     "tile_codes",
     "unpack_codes",
     "untile_codes",

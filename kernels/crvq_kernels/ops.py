@@ -30,7 +30,7 @@ _ORDINARY_KEYS = (_INFERENCE_KEYS.add(torch._C.DispatchKey.ADInplaceOrView).raw_
 def prefers_tiles(device: torch.device | str) -> bool:
     """Returns whether layers on `device` run from tiled codes; stored ones would be slower."""
     device = torch.device(device)
-    return _uses_triton(device) or (device.type == "cpu" and cpu.library() is not None)
+    return uses_triton(device) or (device.type == "cpu" and cpu.library() is not None)
 
 
 def implementation(
@@ -50,7 +50,7 @@ def implementation(
         "dequantize + matmul"; or "<device type> (torch): " and one of these two.
     """
     device = torch.device(device)
-    if _uses_triton(device):
+    if uses_triton(device):
         from .gpu.tuning import kernel_for
 
         return f"triton: {kernel_for(num_tokens, out_features, in_features, codebook_size)}"
@@ -124,7 +124,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _uses_triton(device: torch.device) -> bool:
+def uses_triton(device: torch.device) -> bool:
+    """Returns whether Triton's kernels run on `device`."""
     return device.type == "cuda" and _has_triton()
 
 
@@ -204,7 +205,7 @@ def _dequantize(codes, codebooks, scales, channel_order, nbits, num_critical_gro
     _check_dtype("dtype", dtype)
     layer = (codes, codebooks, scales, channel_order)
     constants = (nbits, num_critical_groups)
-    if _uses_triton(codes.device):
+    if uses_triton(codes.device):
         from .gpu.dequant import dequantize_weight
 
         with torch.cuda.device_of(codes):

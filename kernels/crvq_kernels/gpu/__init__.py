@@ -6,8 +6,9 @@
     gemm.py       a few to many tokens: codes to matrix instructions
     dequant.py    the dense weight
     reorder.py    the channels of many tokens in the order of that weight
+    rows.py       a head of int8 rows, which has no codes
 
-A file imports `packing` and files above it, nothing else of `crvq_kernels`. Only `ops` calls these, at the first CUDA
-tensor, beside tests and benchmarks: all but `tuning` import Triton, so this file imports none of them. A launcher
-checks nothing, since `ops` has.
+A file imports `packing` and files above it, nothing else of `crvq_kernels`. Only `ops` and `rows` call these, at the
+first CUDA tensor, beside tests and benchmarks: all but `tuning` import Triton, so this file imports none of them. A
+launcher checks nothing, since they have.
 """

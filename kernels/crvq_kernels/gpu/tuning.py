@@ -187,3 +187,27 @@ REORDER_MAX_BYTES = 65536
 def reorder_warps(channels: int) -> int:
     """Returns the warps of the kernel that puts a token's channels in order: 16 to 64 channels a thread."""
     return 4 if channels <= 4096 else 8 if channels <= 8192 else 16
+
+
+@dataclass(frozen=True)
+class RowsBlocks:
+    """What one program of the kernel for int8 rows does: a tile of output rows and tokens, `channels` at a time.
+
+    It gathers nothing, so that its loads can be pipelined in `num_stages`.
+    """
+
+    tokens: int
+    rows: int
+    channels: int
+    num_warps: int
+    num_stages: int
+
+
+# Tokens up to which the int8 rows are read straight; for more they are made dense once.
+ROWS_MAX_TOKENS = 64
+
+
+def rows_blocks(num_tokens: int, element_size: int) -> RowsBlocks:
+    """Returns the tile of the kernel for int8 rows; `element_size` is that of a channel of `x`, in bytes."""
+    tokens = next((size for size in (16, 32) if num_tokens <= size), 64)
+    return RowsBlocks(tokens, rows=64, channels=256 // element_size, num_warps=4, num_stages=3)
