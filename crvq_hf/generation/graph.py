@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -91,7 +92,9 @@ def watch(step: Callable[[], None], state: list[Tensor]) -> None:
     """
     saved = [tensor.clone() for tensor in state]
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # it says that it does not find all
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         _aside(step)
     except RuntimeError as error:

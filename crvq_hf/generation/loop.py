@@ -26,6 +26,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from . import graph
 from .cache import lengths, static_cache
 from .fitness import unfit
 from .graph import Repeated, python_state
@@ -159,7 +160,7 @@ def _session(
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled(device.type),
         ),
-        python_state([model]) if device.type == "cuda" else None,
+        python_state([model]) if graph.can_capture(device) else None,
     )
     session = _sessions.get(model)
     if session is None or session.key != key:
