@@ -6,6 +6,8 @@ import pytest
 import recorded
 import torch
 from random_models import quantized_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import StaticCache
 
 from crvq_hf import decode
@@ -59,6 +61,44 @@ def test_a_graph_holds_the_draw(make_model):
     for padding in (5, 2):
         assert same(model, prompts(padding), **SAMPLED | {"repetition_penalty": 1.3})
         assert loop.uses_graph(model)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_step_stays_on_its_device(architecture, make_model):
+    """To bring a tensor from the CPU is to wait. Here the device is "meta", which has no numbers to look at either."""
+    model = make_model(architecture, **ARCHITECTURES[architecture])
+    assert same(model, prompts(), **SAMPLED | {"eos_token_id": [61, 62]})
+    session = loop._sessions[model]
+    if architecture == "qwen3_moe":
+        model.set_experts_implementation("batched_mm")  # as transformers does on a GPU
+    model.to("meta")
+    for holder in (session, *session.cache.layers):
+        for name, value in vars(holder).items():
+            if isinstance(value, torch.Tensor):
+                setattr(holder, name, value.to("meta"))
+        vars(holder).update(device="meta")  # of layers
+    with Elsewhere() as elsewhere, torch.no_grad():
+        session._step(model, model)
+    assert elsewhere.mixed == [] and elsewhere.calls > 100
+    with Elsewhere() as elsewhere:
+        session.token + torch.tensor([1]).to("meta")
+    assert elsewhere.mixed == ["aten::_to_copy"]
+
+
+class Elsewhere(TorchDispatchMode):
+    """Counts operations, and names those that join devices; a number of the CPU goes with the launch of a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.mixed = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)]
+        self.calls += 1
+        if len({tensor.device for tensor in tensors if tensor.dim() or func is torch.ops.aten._to_copy.default}) > 1:
+            self.mixed.append(func._schema.name)
+        return result
 
 
 def test_a_graph_holds_crvq_layers(monkeypatch):
