@@ -24,6 +24,7 @@ ROOMS = {
         "checkpoint",
         "selection",
         "pipeline",
+        "generation",
         "evaluation",
         "sharing",
         "quantizer",

@@ -1,4 +1,4 @@
-"""Correctness and speed of the Triton kernels on a GPU; appends to results/gpu_kernels.csv, gpu_model.csv.
+"""Correctness and speed of the Triton kernels on a GPU; appends to results/gpu_kernels.csv, gpu_generation.csv.
 
     python -m benchmarks gpu                    # correctness, then kernels, then a model
     python -m benchmarks gpu --stage kernels --shapes 4096x4096 --dtypes fp16
@@ -194,4 +194,5 @@ def main(arguments: list[str]) -> None:
     if "model" in stages:
         from .gpu_model import time_models
 
-        append(args.output / "gpu_model.csv", time_models(False, plan.new_tokens, stamp, device))
+        for row in time_models(False, plan.new_tokens, stamp, device):  # what is measured is kept
+            append(args.output / "gpu_generation.csv", [row])

@@ -3,6 +3,7 @@
 import argparse
 
 from ..checkpoint.sources import load
+from ..generation.default import generate
 from ..pipeline.text import check_tokens
 from .options import add_model_options, loading_options
 
@@ -32,5 +33,5 @@ def run(args: argparse.Namespace) -> None:
     if tokens["input_ids"].numel() == 0:
         raise ValueError("The prompt is empty; give some text.")
     check_tokens(model, tokens["input_ids"])
-    written = model.generate(**tokens.to(model.device), max_new_tokens=args.max_new_tokens, do_sample=False)
+    written = generate(model, **tokens.to(model.device), max_new_tokens=args.max_new_tokens, do_sample=False)
     print(tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -32,4 +32,7 @@ def serve(arguments: list[str]) -> None:
         raise ImportError("Serving needs fastapi, uvicorn and openai; install them with pip install 'crvq-hf[serve]'.")
     from transformers.cli.transformers import app
 
-    app(["serve", *arguments], prog_name="crvq")
+    from ..generation.default import used_by_generate
+
+    with used_by_generate():
+        app(["serve", *arguments], prog_name="crvq")

@@ -159,11 +159,14 @@ def test_shapes_can_be_chosen(monkeypatch):
 def test_models_decode():
     from benchmarks.speed import gpu_model  # here: transformers is slow to import, in each process of the checks
 
-    rows = gpu_model.time_models(True, 64, {"gpu": "none"}, "cpu")
-    assert [row["way"] for row in rows] == ["dense", "crvq"]
-    assert all(row["tokens_per_second"] > 0 and row["gpu"] == "none" for row in rows)
+    rows = list(gpu_model.time_models(True, 64, {"gpu": "none"}, "cpu"))
+    assert [(row["way"], row["loop"]) for row in rows] == [
+        (way, loop) for loop in gpu_model.LOOPS for way in gpu_model.WAYS
+    ]
+    assert all(row["tokens_per_second"] > 0 and row["gpu"] == "none" and row["same_tokens"] == 1 for row in rows)
+    assert list(gpu_model.time_models(True, 64, {}, "cpu", minutes=0)) == [], "no time, no rows"
     model = gpu_model.random_model(True, "cpu")
     before = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
-    gpu_model.quantize_randomly_(model)
+    gpu_model.quantize_randomly_(model, {})
     left = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
     assert len(before) == 2 * 7 + 1 and left == ["lm_head"]
