@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from torch.nn import functional as F
 
-from crvq_hf.modeling.embedding import int8_linear, quantize_rows
+from crvq_hf.modeling.rows import int8_linear, quantize_rows
 
 from ..common.commands import command_line
 from ..common.timing import paired, relative_error
