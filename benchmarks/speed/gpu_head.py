@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from crvq_hf.modeling.embedding import quantize_rows
+from crvq_hf.modeling.rows import quantize_rows
 
 from ..common.commands import command_line
 from ..common.rows import append

@@ -13,7 +13,7 @@ import torch
 from crvq_kernels import rows_linear
 from torch.nn import functional as F
 
-from crvq_hf.modeling.embedding import quantize_rows
+from crvq_hf.modeling.rows import quantize_rows
 
 from ..common.commands import command_line
 from ..common.timing import paired, relative_error

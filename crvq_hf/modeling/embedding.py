@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import sys
 from collections import ChainMap, Counter
 from collections.abc import Callable, Container, Iterable
@@ -24,43 +23,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .frozen import as_traced
+from .rows import quantize_rows
 
 logger = logging.getLogger("crvq")
 
 ROW_SCALE = "weight_row_scale"
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns int8 numbers `[V, H]` and scales `[V]` in the dtype of `weight`; scales are also exact in float16.
-
-    Args:
-        weight: `[V, H]`, floating point.
-
-    Raises:
-        ValueError: `weight` holds NaN or infinite values, or a row is too large for a float16 scale.
-    """
-    numbers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
-    for start in range(0, weight.shape[0], 8192):
-        rows = weight[start : start + 8192].float()
-        largest = rows.abs().amax(dim=1)
-        scale = (largest / 127).half().to(weight.dtype).half().float()
-        if not scale.isfinite().all():
-            raise ValueError(
-                f"A row with largest magnitude {float(largest.max()):.3g} does not fit 8 bits and a float16 scale; "
-                "check the embeddings for NaN, or leave them with embedding_bits=16."
-            )
-        step = torch.where(scale > 0, scale, math.inf)[:, None]  # a row of zeros, or next to it
-        numbers[start : start + 8192] = (rows / step).round_().clamp_(-127, 127).to(torch.int8)
-        scales[start : start + 8192] = scale
-    return numbers, scales
-
-
 class RowNumbers(nn.Parameter):
     """The int8 weight of an embedding or a head, which says the dtype of the rows that it stands for, and has them.
 
     Attributes:
-        scales: the row scales, whose dtype it says; None where others (accelerate) have made this of numbers alone.
+        scales: the row scales, whose dtype it says; None until its module is asked for its weight.
     """
 
     scales: nn.Parameter | None = None
@@ -86,9 +60,9 @@ class RowNumbers(nn.Parameter):
 
 
 def answer_dtypes_(model: nn.Module) -> None:
-    """Makes the weights of 8-bit embeddings and heads say the dtype of the model; not those that are offloaded."""
+    """Makes the weights of 8-bit embeddings and heads say the dtype of the model."""
     for module in model.modules():
-        if isinstance(module, (Int8Embedding, Int8Head)) and not module.packed.is_meta:
+        if isinstance(module, (Int8Embedding, Int8Head)):
             module.packed.__class__ = RowNumbers
             module.packed.scales = module.weight_row_scale
 
@@ -104,12 +78,23 @@ class _Int8Rows(nn.Module):
         """
         if "weight" not in self._parameters:
             raise AttributeError("weight")  # not registered yet, or deleted
-        return self.dequantize(self.compute_dtype) if torch.compiler.is_compiling() else self.packed
+        if torch.compiler.is_compiling():
+            return self.dequantize(self.compute_dtype)
+        weight = self.packed
+        if isinstance(weight, RowNumbers):
+            weight.scales = self._parameters[ROW_SCALE]  # accelerate puts new parameters in the place of both
+        return weight
 
     @property
     def packed(self) -> nn.Parameter:
-        """The parameter `weight`, also where `adapters` has the attribute show the dense weight."""
-        return self._parameters["weight"]
+        """The parameter `weight`, also where `adapters` has the attribute show the dense weight; int8."""
+        weight = self._parameters["weight"]
+        if torch.compiler.is_compiling():
+            return weight
+        if Tensor.dtype.__get__(weight) != torch.int8:  # accelerate brings it back in the dtype that it says
+            weight = type(weight)(weight.detach().to(torch.int8), requires_grad=False)
+            self._parameters["weight"] = weight
+        return weight
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -119,6 +104,10 @@ class _Int8Rows(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the dense weight `[V, H]` in `dtype`, as the module that this one stands for would hold it."""
         return dequantize_rows(self.packed, self.weight_row_scale, dtype)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        _ = self.packed  # in int8
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # unpickling makes a plain parameter of every parameter

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.checkpoint.info import read_info
 from crvq_hf.commands.info import describe
-from crvq_hf.modeling.embedding import Int8Embedding, Int8Head, quantize_rows
+from crvq_hf.modeling.embedding import Int8Embedding, Int8Head
+from crvq_hf.modeling.rows import quantize_rows
 
 pytestmark = pytest.mark.usefixtures("pipeline")
 
@@ -219,6 +220,7 @@ def test_sharded_and_on_disk(make, tokens, tmp_path, case):
         tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
     )
     assert offloaded.model.embed_tokens.weight.is_meta
+    assert offloaded.model.embed_tokens.weight.dtype == offloaded.lm_head.weight.dtype == torch.float32
     # Blocks run untiled beside a disk, so by other code.
     torch.testing.assert_close(logits(offloaded, tokens), logits(model, tokens), rtol=1e-3, atol=1e-3)
     offloaded.save_pretrained(tmp_path / "again")
