@@ -2,10 +2,12 @@
 
 from .cpu import Layer as CPULayer
 from .cpu import why_not_better
-from .ops import dequantize, implementation, is_plain, is_transformed, linear, prefers_tiles
+from .ops import dequantize, implementation, is_plain, is_transformed, linear, prefers_int8_codebooks, prefers_tiles
 from .packing import (
     channel_index,
     codebook_ids,
+    decode_codebooks,
+    encode_codebooks,
     num_virtual_groups,
     pack_codes,
     packed_width,
@@ -20,9 +22,11 @@ __all__ = [
     "CPULayer",
     "channel_index",
     "codebook_ids",
+    "decode_codebooks",
     "dequantize",
     "dequantize_ref",
     "dequantize_rows",
+    "encode_codebooks",
     "implementation",
     "is_plain",
     "is_transformed",
@@ -31,6 +35,7 @@ __all__ = [
     "num_virtual_groups",
     "pack_codes",
     "packed_width",
+    "prefers_int8_codebooks",
     "prefers_tiles",
     "rows_linear",
     "tile_codes",

@@ -130,7 +130,7 @@ def test_kernels_are_timed_and_their_rows_kept(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch, "randn", lambda *shape, device=None: randn(*shape))
     monkeypatch.setattr(kernels, "gpu_name", lambda: "a GPU")
     monkeypatch.setattr(kernels, "OURS", ours)
-    monkeypatch.setattr(kernels, "random_layer", lambda *arguments: layer)
+    monkeypatch.setattr(kernels, "random_layer", lambda *arguments, **options: layer)
     monkeypatch.setattr(kernels, "capture", lambda way, x, layers: len(layers))
     monkeypatch.setattr(
         kernels,

@@ -33,7 +33,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+FP16, BF16, FP32, INT8 = torch.float16, torch.bfloat16, torch.float32, torch.int8
 
 
 def layer(in_group_size=8, nbits=8, out_features=4096, in_features=4096, dtype=FP16):
@@ -43,7 +43,7 @@ def layer(in_group_size=8, nbits=8, out_features=4096, in_features=4096, dtype=F
     return (
         torch.empty(tiled_size(out_features, num_codes, nbits), dtype=torch.uint8),
         torch.empty(4, 2**nbits, in_group_size, dtype=dtype),
-        torch.empty(out_features, dtype=dtype),
+        torch.empty(out_features, dtype=dtype if dtype.is_floating_point else FP16),
         torch.empty(in_features, dtype=torch.int16),
         nbits,
         num_critical_groups,
@@ -72,6 +72,10 @@ CASES = {
     "M=1 bf16 d8 e8": lambda: gemv(*linear_args(1, BF16)),
     "M=1 bf16 d16 e8": lambda: gemv(*linear_args(1, BF16, 16)),
     "M=1 fp32 d8 e8": lambda: gemv(*linear_args(1, FP32)),
+    "M=1 fp16 d8 e8 int8": lambda: gemv(*linear_args(1, FP16, dtype=INT8)),
+    "M=1 bf16 d8 e8 int8": lambda: gemv(*linear_args(1, BF16, dtype=INT8)),
+    "M=4 fp16 d8 e8 int8": lambda: gemm(*linear_args(4, FP16, dtype=INT8)),
+    "fp16 d8 e8 int8": lambda: dequantize_weight(*layer(dtype=INT8), FP16, permuted=True),
     "M=4 fp16 d8 e8": lambda: gemm(*linear_args(4, FP16)),
     "M=64 fp16 d8 e8, large": lambda: gemm(*linear_args(64, FP16, out_features=16384)),
     "M=64 fp16 d16 e8, large": lambda: gemm(*linear_args(64, FP16, 16, out_features=16384)),
