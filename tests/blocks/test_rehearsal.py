@@ -176,12 +176,12 @@ def test_the_rehearsal_is_cheap(monkeypatch):
     runner.arguments(0, State(tokens_for(model)))
 
 
-def test_whether_autograd_can_follow_blocks(caplog):
+def test_whether_autograd_can_follow_blocks(caplog, tmp_path):
     """Reformer's blocks run without gradients: such a model is calibrated and not tuned."""
     assert rehearse(build("returns a pair")).has_gradients
     model = tiny_model("reformer", transformers.AutoModelForCausalLM)
     assert not rehearse(model).has_gradients
-    fields = {"nsamples": 1, "e2e_nsamples": 1, "seqlen": 8, "nbits_per_codebook": 4}
+    fields = {"nsamples": 1, "e2e_nsamples": 1, "seqlen": 8, "nbits_per_codebook": 4, "work_dir": tmp_path / "work"}
     quantize_model(model, tiny_tokenizer(), CRVQConfig(dataset=[TEXT], **fields))
     assert model.crvq_report["e2e_loss"] is None
     assert "Autograd cannot follow the blocks of ReformerModelWithLMHead" in caplog.text
