@@ -84,7 +84,7 @@ EXPLICIT: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
-    "dots3_note": {"text_config": {"num_key_value_heads": 4, "per_layer_config": {}}},
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}, "vision_config": {"per_layer_config": {}}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}}},
     "florence2": {"vision_config": _DAVIT},
     "gemma3n": {"text_config": {"num_kv_shared_layers": 0}},
