@@ -79,10 +79,12 @@ _TIMM = {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": {"embed_d
 # Fields, also of the configs inside, that nothing but an architecture's own code explains.
 EXPLICIT: dict[str, dict[str, Any]] = {
     "blip-2": _QUERIES,
-    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "blt": {"encoder_hash_byte_group_vocab": 500, "vocab_size": VOCABULARY}
+    | dict.fromkeys(("patcher_config", "encoder_config", "decoder_config"), {"vocab_size": VOCABULARY}),
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}, "vision_config": {"per_layer_config": {}}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}}},
     "florence2": {"vision_config": _DAVIT},
     "gemma3n": {"text_config": {"num_kv_shared_layers": 0}},

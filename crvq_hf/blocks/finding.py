@@ -14,7 +14,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Returns the name and the list of the model's decoder blocks.
 
     They are looked for in the text decoder of a model that has other parts too. Optimum's patterns know the common
-    architectures; any other model is taken to keep its blocks in the `ModuleList` that holds the most parameters.
+    architectures; any other model is taken to keep its blocks in the `ModuleList` that holds the most weights.
 
     Raises:
         ValueError: the model is an encoder-decoder, or has no list of blocks.
@@ -57,7 +57,7 @@ def find_block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     lists = {}
     for part in (model.get_encoder(), model.get_decoder()):
         prefix = next((name for name, module in model.named_modules() if module is part), "")
-        name, blocks = _largest_list(dict(part.named_modules()))
+        name, blocks = _largest_list(dict(_text_modules(part)))  # T5Gemma 2 has a vision tower in its encoder
         if not prefix or not name:
             raise ValueError(
                 f"{type(model).__name__} is an encoder-decoder model whose lists of blocks crvq does not find."
@@ -77,10 +77,21 @@ def named_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _largest_list(modules: dict[str, nn.Module]) -> tuple[str, nn.ModuleList | None]:
-    """Returns name and module of the `ModuleList` that holds the most parameters; an empty name if there is none."""
+    """Returns name and module of the `ModuleList` that holds the most weights; an empty name if there is none."""
     lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)}
-    name = max(lists, key=lambda key: sum(p.numel() for p in lists[key].parameters()), default="")
+    name = max(lists, key=lambda key: _num_weights(lists[key]), default="")
     return name, lists.get(name)
+
+
+def _num_weights(blocks: nn.ModuleList) -> int:
+    """Returns how many weights blocks have, whether quantized or not: the list found must be the same one later."""
+    sizes = {}
+    for module in blocks.modules():
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            sizes[id(module)] = module.in_features * module.out_features
+        else:
+            sizes |= {id(parameter): parameter.numel() for parameter in module.parameters(recurse=False)}
+    return sum(sizes.values())
 
 
 def _text_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

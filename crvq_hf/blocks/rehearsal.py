@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .finding import find_block_lists, named_blocks
-from .runner import BlockRunner, Leaf, State, replaced_forwards, run_on_text
-from .trees import hidden_of, tensors_of
+from .runner import Arguments, BlockRunner, Leaf, State, replaced_forwards, run_on_text
+from .trees import hidden_of, map_tensors, tensors_of
 
 logger = logging.getLogger("crvq")
 
@@ -75,6 +75,7 @@ def _rehearsed(runner: BlockRunner, records: list[_Record], names: list[str]) ->
                 gave = runner.call(index, arguments)
                 _compare(hidden_of(gave.output), record.outputs[number])
                 states[which] = states[which].then(gave, runner.lists[index])
+        runner.has_gradients &= _has_gradient(runner, index, arguments)
         with _refusing(names[index]):
             runner.leaves[index] = _leaves(states[0], states[-1])
             _count_bytes(runner, states[0])
@@ -161,6 +162,19 @@ def _record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> _Record:
     with replaced_forwards(blocks, {index: noting(index) for index in range(len(blocks))}):
         output = run_on_text(model, tokens.to(next(model.parameters()).device))
     return _Record(tokens, order, outputs, output)
+
+
+@torch.enable_grad()
+def _has_gradient(runner: BlockRunner, index: int, arguments: Arguments) -> bool:
+    """Returns whether what a block gives has a gradient; Reformer's have none, going backwards is its own affair."""
+    hidden = hidden_of(arguments)
+    leaf = hidden.detach().requires_grad_()
+    followed = map_tensors(arguments, lambda tensor: leaf.clone() if tensor is hidden else tensor)
+    try:
+        return hidden_of(runner.call(index, followed).output).requires_grad
+    except Exception as error:  # in other precision, or on another device, it may be all right
+        logger.debug("A run of block %d with gradients failed: %s", index, error)
+        return True
 
 
 @contextmanager

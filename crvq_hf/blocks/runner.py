@@ -143,6 +143,7 @@ class BlockRunner:
         hidden_bytes: of the hidden states that a block gives, per token.
         other_bytes: of all else that a block gives, per token, at most.
         has_head: whether the model makes logits over its vocabulary.
+        has_gradients: whether autograd can follow what all blocks compute.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class BlockRunner:
         self.leaves: dict[int, list[Leaf]] = {}
         self.hidden_bytes = self.other_bytes = 0.0
         self.has_head = False
+        self.has_gradients = True
 
     def arguments(self, index: int, state: State) -> Arguments:
         """Returns what block `index` is given, on the model's device, in the model's dtype.

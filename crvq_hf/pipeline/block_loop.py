@@ -107,7 +107,8 @@ def _quantize(run: Run, tokens: Tensor | None) -> dict[str, Any]:
         bar.set_postfix_str(f"{_bits(run):.3f} bits")
     del quantized
     losses, e2e_tokens = None, 0
-    if tokens is not None and run.config.e2e_finetune_epochs and run.runner.has_head:
+    tunes = tokens is not None and run.config.e2e_finetune_epochs and run.runner.has_gradients
+    if tunes and run.runner.has_head:
         chosen = tokens[: run.config.e2e_nsamples or None]
         e2e_tokens = chosen.numel()
         losses = _finetune_end_to_end(run, full.steps(len(share(chosen))))
@@ -129,8 +130,10 @@ def _tell_what_is_left_out(runner: BlockRunner, names: list[str]) -> None:
     if unseen:
         which = ", ".join(names[index] for index in unseen)
         logger.warning("No text reaches %s: quantized on weights alone, without calibration.", which)
-    if not runner.has_head:
-        kind = type(runner.model).__name__
+    kind = type(runner.model).__name__
+    if not runner.has_gradients:
+        logger.warning("Autograd cannot follow the blocks of %s: there is no fine-tuning.", kind)
+    elif not runner.has_head:
         logger.warning("%s has no language model head: there is no end-to-end fine-tuning.", kind)
 
 

@@ -66,7 +66,7 @@ def quantize_block_(run: Run, index: int, inputs: Stream | None, targets: Stream
 
 def _finetune_block(run: Run, index: int, inputs: Stream, targets: Stream, dense: Sequence[str] = ()) -> None:
     """Tunes what is continuous in a block, and the weights of its linears in `dense`, towards `targets`."""
-    if not run.config.block_finetune_epochs:
+    if not (run.config.block_finetune_epochs and run.runner.has_gradients):
         return
     start = time.perf_counter()
     finetune_block_(

@@ -46,7 +46,7 @@ def choose_layers(model: PreTrainedModel, config: CRVQConfig) -> tuple[CRVQConfi
     found = try_out(model, linears, rows)
     if found.failure:
         logger.warning(
-            "%s could not be run on a few tokens (%s); that no other code reads the weights of its layers is assumed.",
+            "%s could not be run on a few tokens (%s); whose weights other code reads was looked up in its code.",
             type(model).__name__,
             found.failure,
         )

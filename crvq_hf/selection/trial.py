@@ -9,7 +9,9 @@ which experts a token goes to. Both kinds have to stay dense. Last, some models 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +46,7 @@ class Findings:
     Attributes:
         read: names of the layers, embeddings and heads whose weight other code reads.
         routing: names of the layers whose outputs choose experts.
-        failure: why the model could not be run; nothing was found then.
+        failure: why the model could not be run; its code was read instead.
     """
 
     read: set[str] = field(default_factory=set)
@@ -90,6 +92,7 @@ def try_out(model: nn.Module, linears: dict[str, nn.Module], rows: dict[str, nn.
         raise ValueError(str(error)) from None
     except Exception as error:  # whatever a model raises that cannot be given text alone
         findings.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        findings.read.update(_read_by_their_owners(model, [*linears, *rows]))
         logger.debug("A trial run of %s failed: %s", type(model).__name__, findings.failure)
     try:
         with _watched(linears | rows, told, findings.read.add):  # with a cache, other code runs
@@ -106,6 +109,26 @@ def _with_their_kind(found: set[str], names: Any) -> set[str]:
     """Returns all of `names` that are of a kind with one of `found`."""
     kinds = {kind_of(name) for name in found}
     return {name for name in names if kind_of(name) in kinds}
+
+
+def _read_by_their_owners(model: nn.Module, names: list[str]) -> set[str]:
+    """Returns the layers whose weight is named in the code of the module that they are in: `self.wo.weight`.
+
+    Less than what a run shows, and all there is where a model cannot be run on text.
+    """
+    code: dict[type, str] = {}
+    found = set()
+    for name in names:
+        owner, _, child = name.rpartition(".")
+        kind = type(model.get_submodule(owner))
+        if kind not in code:
+            try:
+                code[kind] = inspect.getsource(kind)
+            except (OSError, TypeError):  # made in a console, say
+                code[kind] = ""
+        if re.search(rf"\bself\.{re.escape(child)}\.weight\b", code[kind]):
+            found.add(name)
+    return found
 
 
 class _Change(Exception):

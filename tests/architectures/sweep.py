@@ -55,6 +55,7 @@ def table(verdicts: list[Verdict]) -> str:
         f"{transformers.__version__} knows, quantizes it with calibration, block and end-to-end tuning and embeddings "
         "in 8 bits, saves it, loads it (bit-equal logits), lets it write, runs it block by block against the whole, "
         "and dequantizes it. What is refused with the advice dataset=None is tried on weights alone too. "
+        "Gemma 3n, FastVLM and Perception LM need timm. "
         "Dense is the share of the weights of its blocks that stay dense.",
         "",
         f"{len(verdicts)} of {len(architectures())} tried: "

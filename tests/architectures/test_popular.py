@@ -4,14 +4,18 @@
 """
 
 import pytest
-from checks import RIGHT, auto_class, check
+import transformers
+from checks import AFTER, BEFORE, REFUSED, RIGHT, WRONG, Verdict, auto_class, check
 from shrink import tiny_config
+from sweep import TABLE, table, tried_before
 
 # The most that may stay dense of the weights of their blocks: what chooses experts, what other code reads.
 POPULAR = {
     "bamba": 0.02,
+    "blip-2": 0,
     "bloom": 0,
     "cohere2": 0,
+    "dbrx": 0.01,
     "deepseek_v3": 0.01,
     "exaone4": 0,
     "falcon": 0,
@@ -64,3 +68,28 @@ def test_configs_are_tiny():
     config = tiny_config("mixtral")
     assert (config.hidden_size, config.num_hidden_layers, config.num_local_experts) == (64, 2, 4)
     assert auto_class("llava").__name__ == "AutoModelForImageTextToText"
+
+
+def test_what_is_refused_with_an_advice_is_right_when_it_is_followed(monkeypatch):
+    verdict = check("vision-encoder-decoder")
+    assert verdict.verdict == REFUSED and verdict.dense == 0 and "use dataset=None" in verdict.why
+    monkeypatch.setattr("checks._difference", lambda *args: "too much")
+    verdict = check("vision-encoder-decoder")
+    assert verdict.verdict == WRONG and verdict.why == "with dataset=None: dequantizing: too much"
+
+
+def test_lines_of_the_table_can_be_replaced():
+    before = tried_before()
+    text = table([before[name] for name in sorted(before)])
+    assert text.replace(transformers.__version__, "") == TABLE.read_text(encoding="utf-8").replace("5.23.0", "")
+    again = table(
+        [Verdict("llama", WRONG, 0.25, "a | b") if name == "llama" else before[name] for name in sorted(before)]
+    )
+    assert "| llama | wrong | 25 % | a / b |" in again
+    assert len(again.splitlines()) == len(text.splitlines())
+
+
+def test_the_table_has_no_fault():
+    verdicts = [verdict.verdict for verdict in tried_before().values()]
+    assert not {WRONG, BEFORE, AFTER} & set(verdicts)
+    assert len(verdicts) - verdicts.count(RIGHT) - verdicts.count(REFUSED) <= 8

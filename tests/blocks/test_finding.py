@@ -4,8 +4,11 @@ import pytest
 import torch
 import transformers
 from many_models import build
+from shrink import tiny_model
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.blocks.finding import find_block_lists, find_blocks, for_each_input, named_blocks, survey
 
 
@@ -106,6 +109,19 @@ def test_an_encoder_comes_before_its_decoder(architecture, names):
     lists = find_block_lists(model)
     assert list(lists) == names and [len(blocks) for blocks in lists.values()] == [2] * len(names)
     assert list(named_blocks(model)) == [f"{name}.{index}" for name in names for index in range(2)]
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("architecture", ["t5gemma2", "blt"])
+def test_the_blocks_are_the_same_ones_once_quantized(architecture):
+    """The encoder of T5Gemma 2 has a vision tower in it, BLT has three lists of blocks."""
+    kind = AutoModelForCausalLM if architecture == "blt" else AutoModelForImageTextToText
+    model = tiny_model(architecture, kind)
+    before = list(named_blocks(model))
+    quantize_model(model, None, CRVQConfig(dataset=None, nbits_per_codebook=4))
+    assert list(named_blocks(model)) == before
+    assert not any("vision" in name for name in before)
+    assert model.crvq_report["dense_share"] < 0.01
 
 
 def test_an_encoder_decoder_without_lists_is_refused():

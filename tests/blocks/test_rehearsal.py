@@ -4,9 +4,12 @@ import pytest
 import torch
 import transformers
 from many_models import MODELS, REFUSED, build
+from shrink import tiny_model
+from tiny import TEXT, tiny_tokenizer
 from torch import nn
 from whole_models import ARCHITECTURES, make, tokens_for
 
+from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.blocks.rehearsal import rehearse
 from crvq_hf.blocks.runner import State, run_on_text
 from crvq_hf.blocks.trees import hidden_of
@@ -171,3 +174,14 @@ def test_the_rehearsal_is_cheap(monkeypatch):
     assert sum(seen[:3]) < 100  # later ones stop at a block, or have only what follows the blocks to do
     assert isinstance(model, transformers.PreTrainedModel) and runner.has_head
     runner.arguments(0, State(tokens_for(model)))
+
+
+def test_whether_autograd_can_follow_blocks(caplog, tmp_path):
+    """Reformer's blocks run without gradients: such a model is calibrated and not tuned."""
+    assert rehearse(build("returns a pair")).has_gradients
+    model = tiny_model("reformer", transformers.AutoModelForCausalLM)
+    assert not rehearse(model).has_gradients
+    fields = {"nsamples": 1, "e2e_nsamples": 1, "seqlen": 8, "nbits_per_codebook": 4, "work_dir": tmp_path / "work"}
+    quantize_model(model, tiny_tokenizer(), CRVQConfig(dataset=[TEXT], **fields))
+    assert model.crvq_report["e2e_loss"] is None
+    assert "Autograd cannot follow the blocks of ReformerModelWithLMHead" in caplog.text

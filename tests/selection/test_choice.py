@@ -7,7 +7,7 @@ import torch
 from shrink import tiny_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from crvq_hf import CRVQConfig, CRVQLinear, quantize_model
 from crvq_hf.selection.choice import choose_layers, dense_share
@@ -242,3 +242,12 @@ def test_a_failed_run_leaves_no_flag(make_model):
     with pytest.raises(ValueError, match="no layer to quantize"):
         quantize_model(model, config=CRVQConfig(dataset=None, modules_to_not_convert=["model"]))
     assert not model.config._is_quantized and model.float() is model
+
+
+def test_the_code_is_read_where_a_model_cannot_be_run_on_text():
+    """The encoder of Pix2Struct casts to `self.wo.weight.dtype`, and takes pictures alone."""
+    model = tiny_model("pix2struct", AutoModelForImageTextToText)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = try_out(model, linears, {})
+    assert found.failure
+    assert {name.rpartition(".")[2] for name in found.read} == {"wo"}
