@@ -19,7 +19,7 @@ from ..common.rows import append
 from . import gpu_kernels as kernels
 
 SHAPES = "32000x4096 128256x4096 49152x576"
-TOKENS = (1, 4, 16, 32, 64, 128, 256)
+TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024)
 REPEATS = 9
 
 
@@ -30,7 +30,7 @@ def ways() -> dict[str, kernels.Way]:
 
     return {
         "dense": kernels.Way(lambda x, layer: F.linear(x, layer[0])),
-        "triton": kernels.Way(lambda x, layer: rows_gemm(x, *layer[1:]), max_tokens=128),
+        "triton": kernels.Way(lambda x, layer: rows_gemm(x, *layer[1:]), max_tokens=1024),
         "in parts": kernels.Way(lambda x, layer: rows.in_parts(x, *layer[1:])),
     }
 

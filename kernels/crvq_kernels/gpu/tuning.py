@@ -261,10 +261,12 @@ class RowsBlocks:
 
 
 # Tokens up to which the int8 rows are read straight; for more they are made dense once.
-ROWS_MAX_TOKENS = 64
+ROWS_MAX_TOKENS = 128
 
 
 def rows_blocks(num_tokens: int, element_size: int) -> RowsBlocks:
     """Returns the tile of the kernel for int8 rows; `element_size` is that of a channel of `x`, in bytes."""
-    tokens = next((size for size in (16, 32) if num_tokens <= size), 64)
+    if num_tokens > 64:
+        return RowsBlocks(tokens=128, rows=128, channels=128 // element_size, num_warps=8, num_stages=3)
+    tokens = next(size for size in (16, 32, 64) if num_tokens <= size)
     return RowsBlocks(tokens, rows=64, channels=256 // element_size, num_warps=4, num_stages=3)

@@ -87,6 +87,7 @@ CASES = {
     "fp32 K=576": lambda: reorder(torch.empty(9, 576), torch.empty(576, dtype=torch.int16)),
     "M=1 fp16 head": lambda: rows_gemm(*head_args(1, FP16)),
     "M=64 bf16 head": lambda: rows_gemm(*head_args(64, BF16)),
+    "M=200 fp16 head": lambda: rows_gemm(*head_args(200, FP16)),
     "M=3 fp32 head": lambda: rows_gemm(*head_args(3, FP32)),
     "fp16 d8 e8": lambda: dequantize_weight(*layer(), FP16, permuted=True),
     "bf16 d16 e12": lambda: dequantize_weight(*layer(16, 12), BF16, permuted=True),
