@@ -34,6 +34,8 @@ from .sampling import next_tokens, settings, take_over_
 
 logger = logging.getLogger("crvq")
 SHORTEST_CACHE = 256
+# A cache is used that is up to so many times as long as need be; attention goes through all of it.
+MUCH_LONGER = 4
 # How many tokens are written before the host looks whether all sequences have ended; to look is to wait.
 LOOK_EVERY = {"cuda": 8}
 
@@ -153,7 +155,7 @@ def _session(
     choice = (generation_config.do_sample, tuple(ends), None if padding is None else int(padding))
     compiling = generation_config.compile_config if device.type == "cuda" else None
     key = (
-        (batch, length, device, model.dtype, repr(compiling), choice, settings(logits_processor)),
+        (batch, device, model.dtype, repr(compiling), choice, settings(logits_processor)),
         (model.config._attn_implementation, getattr(model.config, "_experts_implementation", None)),
         (
             model_kwargs.get("logits_to_keep"),
@@ -163,7 +165,7 @@ def _session(
         python_state([model]) if graph.can_capture(device) else None,
     )
     session = _sessions.get(model)
-    if session is None or session.key != key:
+    if session is None or session.key != key or not length <= session.length <= MUCH_LONGER * length:
         _sessions.pop(model, None)
         del session  # two caches are never there at once
         shape = {"dtype": torch.int64, "device": device}
@@ -227,6 +229,11 @@ class Session:
     written: Tensor
     finished: Tensor
     repeated: Repeated = field(default_factory=Repeated)
+
+    @property
+    def length(self) -> int:
+        """How many tokens the cache has room for."""
+        return self.tokens.shape[1]
 
     def write(
         self,

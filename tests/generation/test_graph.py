@@ -171,6 +171,29 @@ def test_weights_changed_in_place_are_read_anew(make_model):
     assert same(model, inputs, **GREEDY) and loop._sessions[model] is session
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_the_switch_for_waiting_is_put_back(waits, monkeypatch):
+    """The real `watch`, without its device."""
+    monkeypatch.undo()
+    modes, total, runs = [1], torch.zeros(1), []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(graph, "_aside", lambda step: step())
+
+    def step():
+        total.add_(1)
+        runs.append(modes[-1])
+        if waits and modes[-1] == "error":
+            raise RuntimeError("called a synchronizing operation\nsomewhere")
+
+    if waits:
+        with pytest.raises(graph.GraphError, match=r"waits for the device \(called a synchronizing operation\)$"):
+            graph.watch(step, [total])
+    else:
+        graph.watch(step, [total])
+    assert total.item() == 1 and modes[-1] == 1 and runs == ["error", 1][: 1 + waits]
+
+
 def test_the_double_freezes_what_python_computed():
     counter, total = [0], torch.zeros(1)
 

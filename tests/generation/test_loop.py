@@ -150,7 +150,7 @@ def test_a_mode_that_is_not_there_is_refused(counting):
         counting.generate(torch.tensor([[7]]), penalty_alpha=0.5, top_k=4, custom_generate=decode, max_new_tokens=2)
 
 
-def test_a_session_is_kept_for_calls_like_it(counting):
+def test_a_session_is_kept_for_calls_like_it(counting, monkeypatch):
     def session(batch: int, new: int, **options) -> loop.Session:
         tokens = torch.tensor([[7, 8]] * batch)
         expected, found = both(counting, input_ids=tokens, max_new_tokens=new, **GREEDY | options)
@@ -164,6 +164,11 @@ def test_a_session_is_kept_for_calls_like_it(counting):
     drawing = session(1, 5, do_sample=True, temperature=0.5)
     assert session(1, 5, do_sample=True, temperature=0.5) is drawing
     assert session(1, 5, do_sample=True, temperature=0.6) is not drawing
+    monkeypatch.setattr(loop, "SHORTEST_CACHE", 4)
+    longer = session(1, 60)
+    assert session(1, 14) is longer and longer.length == 64, "four times as long as it need be"
+    assert session(1, 6).length == 8
+    assert session(1, 7).length == 16
     loop.release(counting)
     assert counting not in loop._sessions
 
