@@ -39,7 +39,6 @@ class Listener:
 @pytest.fixture(autouse=True)
 def look(monkeypatch):
     """Returns a function that sets how often it is looked whether all sequences have ended."""
-    monkeypatch.setattr(loop, "_said", set())
     return lambda every: monkeypatch.setitem(loop.LOOK_EVERY, "cpu", every)
 
 
