@@ -71,6 +71,7 @@ setup(
     packages=find_packages(include=["crvq_hf*"]) + find_packages("kernels"),
     py_modules=["crvq_autoload", "crvq_import_hooks"],
     package_dir={"crvq_kernels": "kernels/crvq_kernels"},
+    package_data={"crvq_kernels.gpu": ["*.cu"]},  # compiled where it runs
     ext_modules=[CPU_KERNEL],
     cmdclass={"build_ext": BuildLibrary, "build_py": BuildModules, "bdist_wheel": TagWheel},
     install_requires=[

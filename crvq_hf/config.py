@@ -230,7 +230,7 @@ class CRVQConfig(QuantizationConfigMixin):
     work_dir: str | None = _option(None, "folder for resuming an interrupted run", _path, stored=False)
     dequantize: bool = _option(False, "load the checkpoint as a dense model", _flag, stored=False)
 
-    def __init__(self, preset: str = "default", **values: Any) -> None:
+    def __init__(self, /, preset: str = "default", **values: Any) -> None:
         values = PRESETS[_one_of(*PRESETS)("preset", preset)] | values
         self.format_version = values.pop("format_version", 3)  # a newer format may have unknown fields
         if self.format_version < 3:

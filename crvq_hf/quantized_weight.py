@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING
 
 import crvq_kernels
 import torch
-from crvq_kernels import packing
+from crvq_kernels import decode_codebooks, encode_codebooks, packing
+from crvq_kernels.packing import INT8_UNITS
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .algorithm.fit import LayerCodes
 
 TENSOR_NAMES = ("weight", "weight_codebooks", "weight_scale", "weight_order")
-# An int8 codebook entry counts 32nds: a codebook of unit root mean square has entries up to about 4.
-INT8_UNITS = 32
 
 
 def num_critical_groups(
@@ -47,16 +46,6 @@ def order_dtype(in_features: int) -> torch.dtype:
     if in_features <= 256:
         return torch.uint8
     return torch.int16 if in_features <= 32768 else torch.int32
-
-
-def encode_codebooks(codebooks: Tensor) -> Tensor:
-    """Returns codebooks as int8, in units of 1/32, rounded to nearest; entries must be from -4 to 127/32."""
-    return (codebooks.float() * INT8_UNITS).round_().to(torch.int8)
-
-
-def decode_codebooks(codebooks: Tensor) -> Tensor:
-    """Returns stored codebooks, int8 or float16, as float16 values; exact."""
-    return codebooks.half() / INT8_UNITS if codebooks.dtype == torch.int8 else codebooks
 
 
 def normalised(codebooks: Tensor, codebook_bits: int) -> tuple[Tensor, Tensor]:

@@ -1,19 +1,20 @@
 """A tiny random model of any architecture that transformers knows, made from its config class alone.
 
-Nothing here knows an architecture: fields are recognised by what they are called, in the config and in all configs
-inside it. What a class still refuses is tried with other sizes.
+Fields are recognised by what they are called, in the config and in all configs inside it. What a class still
+refuses is tried with other sizes. A few architectures have fields that only their own code explains: `EXPLICIT`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedConfig
 
-MOST_WEIGHTS = 30_000_000
+MOST_WEIGHTS = 300_000_000
 VOCABULARY = 320  # room for the 300 tokens of `tiny.tiny_tokenizer` and for special ones
 # (pattern of the field's name, its size), the first that matches counts; only integers above the size are changed.
 SIZES: list[tuple[str, int]] = [
@@ -69,17 +70,74 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_HYBRID = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2}
+_HYBRID |= {"attention_hidden_size": 128, "attention_head_dim": 32}
+_QUERIES = {"num_query_tokens": 4, "image_token_index": VOCABULARY - 5, "video_token_index": VOCABULARY - 5}
+_DAVIT = {"embed_dim": (16, 32, 32, 64), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4), "num_groups": (1, 2, 2, 4)}
+_TIMM = {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": {"embed_dim": 192}}
+# Fields, also of the configs inside, that nothing but an architecture's own code explains.
+EXPLICIT: dict[str, dict[str, Any]] = {
+    "blip-2": _QUERIES,
+    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE}}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}}},
+    "florence2": {"vision_config": _DAVIT},
+    "gemma3n": {"text_config": {"num_kv_shared_layers": 0}},
+    "glm4v_moe": {
+        "text_config": {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}}
+    },
+    "glm5_next": {"text_config": {"num_key_value_heads": 4, "index_topk": 4, "index_kpool": 2}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 1]], "downsample_rate": "1/2", "spatial_target_layers": [1]},
+    "hunyuan_vl": {"text_config": {"head_dim": 16}},
+    "instructblip": _QUERIES,
+    "instructblipvideo": _QUERIES,
+    "janus": {"vq_config": {"base_channels": 32, "channel_multiplier": (1, 1)}},
+    "kosmos-2": {"latent_query_num": 4},
+    "laguna": {"num_attention_heads_per_layer": [4, 4]},
+    "mistral4": {"head_dim": 32},
+    "molmo2": {"vision_config": {"image_size": [32, 32]}, "adapter_config": {"vision_feature_layer": [1, 0]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "perception_lm": {"vision_config": _TIMM},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": _HYBRID,
+    "zamba2": _HYBRID | {"hybrid_layer_ids": [1, 3], "mamba_headdim": 16},
+}
+# What some models take beside text,.
+BESIDE_TEXT: dict[str, list[str]] = {
+    "blip": ["pixel_values"],
+    "blip-2": ["pixel_values"],
+    "instructblip": ["pixel_values", "qformer_input_ids"],
+    "instructblipvideo": ["images", "qformer_input_ids"],
+    "idefics": ["images", "image_attention_mask"],
+    "kosmos-2": ["pixel_values", "image_embeds_position_mask"],
+    "pix2struct": ["flattened_patches", "decoder_input_ids"],
+    "pp_formulanet": ["pixel_values", "decoder_input_ids"],
+    "t5gemma2": ["decoder_input_ids"],
+    "udop": ["bbox", "decoder_input_ids"],
+    "vision-encoder-decoder": ["pixel_values", "decoder_input_ids"],
+}
+NO_TEXT = ("pix2struct", "pp_formulanet", "vision-encoder-decoder")  # their encoder reads images alone
+
+
 def tiny_config(architecture: str, variant: int = 0) -> PreTrainedConfig:
     """Returns a config of few channels, layers and experts."""
-    return _shrunk(transformers.AutoConfig.for_model(architecture), VARIANTS[variant])
+    config = transformers.AutoConfig.for_model(architecture)
+    return _shrunk(config, VARIANTS[variant], EXPLICIT.get(architecture, {}))
 
 
-def _shrunk(config: PreTrainedConfig, variant: dict[str, int]) -> PreTrainedConfig:
+def _shrunk(config: PreTrainedConfig, variant: dict[str, int], explicit: dict[str, Any]) -> PreTrainedConfig:
     fields: dict[str, Any] = {}
     before = {key: value for key, value in vars(config).items() if not key.startswith("_")}
     for key, value in before.items():
         if isinstance(value, PreTrainedConfig):
-            fields[key] = _shrunk(value, variant)
+            fields[key] = _shrunk(value, variant, explicit.get(key, {}))
+        elif key in explicit:
+            pass
         elif value is None:
             fields[key] = UNSET.get(key, _of(variant, key))
         elif type(value) is float and re.fullmatch(r"(init_std|.*initializer_range)", key):
@@ -95,6 +153,7 @@ def _shrunk(config: PreTrainedConfig, variant: dict[str, int]) -> PreTrainedConf
         elif key == "attention_types":  # GPT-Neo's [[kinds, how often]]
             fields[key] = [[value[0][0], 1]]
     fields = {key: value for key, value in fields.items() if value is not None}
+    fields |= {key: value for key, value in explicit.items() if key not in fields}
     return _built(type(config), fields | _special_tokens(before), before)
 
 
@@ -177,6 +236,34 @@ def tiny_model(architecture: str, auto_class: type) -> torch.nn.Module:
 
 @torch.no_grad()
 def run(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Returns the logits of a model, or what it returns first."""
-    output = model(input_ids=tokens, use_cache=False)
+    """Returns the logits of a model, or what it returns first; what it needs beside text is made up."""
+    output = model(**_inputs(model, tokens))
     return output.logits if hasattr(output, "logits") else output[0]
+
+
+def _inputs(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, Any]:
+    """Returns what a model is called with: tokens `[batch, seqlen]`, and what it needs beside them, made up."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    if config.model_type not in BESIDE_TEXT:
+        return {"input_ids": tokens, "use_cache": False}
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.rand(len(tokens), *shape, generator=generator)
+
+    vision = getattr(config, "vision_config", None) or getattr(config, "encoder", config)
+    image = 2 * (getattr(vision, "image_size", 32),)
+    makers: dict[str, Callable[[], torch.Tensor]] = {
+        "pixel_values": lambda: some(3, *image),
+        "images": lambda: some(1, 3, *image),
+        "image_attention_mask": lambda: torch.ones(*tokens.shape, 1, dtype=torch.int64),
+        "image_embeds_position_mask": lambda: (torch.arange(tokens.shape[1]) < config.latent_query_num) & (tokens > 0),
+        "flattened_patches": lambda: some(8, 2 + vision.patch_embed_hidden_size),
+        "bbox": lambda: some(tokens.shape[1], 4),
+        "qformer_input_ids": lambda: tokens,
+        "decoder_input_ids": lambda: tokens,
+    }
+    inputs = {name.replace("images", "pixel_values"): makers[name]() for name in BESIDE_TEXT[config.model_type]}
+    if config.model_type in NO_TEXT:
+        return inputs
+    places = torch.full((len(tokens), getattr(config, "num_query_tokens", 0)), VOCABULARY - 5)  # of an image
+    return {"input_ids": torch.cat([places, tokens], 1)} | inputs

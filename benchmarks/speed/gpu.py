@@ -25,6 +25,7 @@ from . import gpu_kernels as kernels
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672), (576, 576), (1536, 576))
 STAGES = ("correctness", "kernels", "model")
+DECODE = "decode"
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,10 @@ def as_table(rows: list[dict], chosen: dict[int, str]) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
     parser = command_line(__name__)
-    parser.add_argument("--stage", choices=STAGES, help="only this one")
+    parser.add_argument("--stage", choices=(*STAGES, DECODE), help="only this one; `decode` runs only so")
+    parser.add_argument(
+        "--minutes", type=float, default=2.0, help="of `decode` and `model`: what it has not begun by then is left out"
+    )
     parser.add_argument("--quick", action="store_true", help="few shapes, numbers of tokens and repetitions")
     text = "only these, e.g. 4096x11008 for 4096 output and 11008 input features"
     parser.add_argument("--shapes", nargs="+", type=kernels.shape_of, help=text)
@@ -164,7 +168,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int | None:
     """Runs what the command line asks for."""
     args = parse(arguments)
     plan = TINY if args.dry_run else QUICK if args.quick else FULL
@@ -177,6 +181,10 @@ def main(arguments: list[str]) -> None:
         if args.device != "cuda" or not torch.cuda.is_available():
             sys.exit("This benchmark times GPU kernels and found no GPU to use; without one there is only --dry-run.")
         stages, device = [args.stage] if args.stage else list(STAGES), "cuda"
+    if args.stage == DECODE:
+        from .gpu_decode import measure
+
+        return measure(plan.shapes, args.minutes, args.output)
     dtypes = [kernels.DTYPES[name] for name in args.dtypes or kernels.DTYPES]
     if "correctness" in stages:
         jobs = args.jobs or (1 if args.dry_run else os.cpu_count())
@@ -194,5 +202,5 @@ def main(arguments: list[str]) -> None:
     if "model" in stages:
         from .gpu_model import time_models
 
-        for row in time_models(False, plan.new_tokens, stamp, device):  # what is measured is kept
+        for row in time_models(False, plan.new_tokens, stamp, device, args.minutes):  # what is measured is kept
             append(args.output / "gpu_generation.csv", [row])

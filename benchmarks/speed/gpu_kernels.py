@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..common.rows import commit, gpu_name, versions
 from ..common.timing import relative_error
-from .layers import Layer, random_layer
+from .layers import PAPER, Form, Layer, random_layer
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Relative error that rounding explains: of the result, and, where the dense weight is written, of the weight.
@@ -95,10 +95,10 @@ def num_layers(nbytes: int) -> int:
     return max(2, min(MAX_LAYERS, int(-(-ROTATED_BYTES // nbytes))))
 
 
-def rotated_layers(shape: tuple[int, int]) -> list[Layer]:
+def rotated_layers(shape: tuple[int, int], form: Form = PAPER) -> list[Layer]:
     """Returns different layers on the GPU, as many as `num_layers` says."""
-    layers = [random_layer(shape, "cuda")]
-    return layers + [random_layer(shape, "cuda") for _ in range(num_layers(layers[0].nbytes) - 1)]
+    layers = [random_layer(shape, "cuda", form=form)]
+    return layers + [random_layer(shape, "cuda", form=form) for _ in range(num_layers(layers[0].nbytes) - 1)]
 
 
 def capture(way: Way, x: Tensor, layers: list) -> torch.cuda.CUDAGraph:

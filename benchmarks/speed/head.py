@@ -10,9 +10,10 @@ from functools import partial
 from statistics import median
 
 import torch
+from crvq_kernels import rows_linear
 from torch.nn import functional as F
 
-from crvq_hf.modeling.embedding import int8_linear, quantize_rows
+from crvq_hf.modeling.rows import quantize_rows
 
 from ..common.commands import command_line
 from ..common.timing import paired, relative_error
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> None:
         numbers, scales = quantize_rows(weight)
         for tokens in args.tokens:
             x = torch.randn(tokens, args.channels).to(dtype)
-            calls = {"dense": partial(F.linear, x, weight), "int8": partial(int8_linear, x, numbers, scales)}
+            calls = {"dense": partial(F.linear, x, weight), "int8": partial(rows_linear, x, numbers, scales)}
             error = relative_error(calls["int8"](), calls["dense"]())
             if not error < TOLERANCE:
                 sys.exit(f"{dtype}, {tokens} tokens: the relative error in 8 bits is {error:.3f}, above {TOLERANCE}.")

@@ -192,7 +192,7 @@ def load(
         options: loading options.
 
     Raises:
-        ValueError, OSError: there is no such model or device.
+        ValueError, OSError: there is no such model or device, or no tokenizer beside it.
     """
     check_source(source)
     options = options or {}
@@ -202,6 +202,12 @@ def load(
         model, tokenizer = load_dense(source, gguf_file, options)
         model = model if dtype == "auto" else model.to(getattr(torch, dtype))
     else:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except (ValueError, KeyError) as error:  # what transformers says of a folder without one is of its libraries
+            raise ValueError(
+                f"{source} has no tokenizer that transformers can load; put that of the model it was made of beside "
+                f"it: AutoTokenizer.from_pretrained(BASE).save_pretrained({source!r})."
+            ) from error
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     return model.to(place).eval(), tokenizer

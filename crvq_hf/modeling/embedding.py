@@ -12,102 +12,40 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
+import sys
 from collections import ChainMap, Counter
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
-import crvq_kernels
 import torch
+from crvq_kernels import dequantize_rows, rows_linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .frozen import as_traced
+from .rows import quantize_rows
 
 logger = logging.getLogger("crvq")
 
 ROW_SCALE = "weight_row_scale"
-# Rows of the head that are made dense at once: on a CPU what stays in the cache, on a GPU what fills it with work.
-_CHUNK_ELEMENTS = {"cpu": 2**19}
-_LARGE_CHUNK = 2**27
-_FEW_TOKENS = 8  # up to here PyTorch's int8 kernel for bfloat16 is faster than a dense multiplication
-
-
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns int8 numbers `[V, H]` and scales `[V]` in the dtype of `weight`; scales are also exact in float16.
-
-    Args:
-        weight: `[V, H]`, floating point.
-
-    Raises:
-        ValueError: `weight` holds NaN or infinite values, or a row is too large for a float16 scale.
-    """
-    numbers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
-    for start in range(0, weight.shape[0], 8192):
-        rows = weight[start : start + 8192].float()
-        largest = rows.abs().amax(dim=1)
-        scale = (largest / 127).half().to(weight.dtype).half().float()
-        if not scale.isfinite().all():
-            raise ValueError(
-                f"A row with largest magnitude {float(largest.max()):.3g} does not fit 8 bits and a float16 scale; "
-                "check the embeddings for NaN, or leave them with embedding_bits=16."
-            )
-        step = torch.where(scale > 0, scale, math.inf)[:, None]  # a row of zeros, or next to it
-        numbers[start : start + 8192] = (rows / step).round_().clamp_(-127, 127).to(torch.int8)
-        scales[start : start + 8192] = scale
-    return numbers, scales
-
-
-def dequantize_rows(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns dense rows `[..., H]` in `dtype` of int8 `weight` `[..., H]` and `scales` `[...]`."""
-    return weight.to(dtype) * scales.to(dtype).unsqueeze(-1)
-
-
-def int8_linear(input: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """Returns `input @ dense.T`, `[..., V]` in the dtype of `input`, without ever holding all of the dense weight.
-
-    That is so in inference; for gradients, when compiled or traced, and under `torch.func`, the dense weight is made.
-
-    Args:
-        input: `[..., H]`, floating point.
-        weight: `[V, H]`, int8.
-        scales: `[V]`, floating point.
-    """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or crvq_kernels.is_transformed()
-    if traced or (torch.is_grad_enabled() and input.requires_grad):
-        return F.linear(input, dequantize_rows(weight, scales, input.dtype))
-    tokens = input.reshape(-1, input.shape[-1])
-    if input.is_cpu and input.dtype == torch.bfloat16 and len(tokens) <= _FEW_TOKENS:
-        output = torch._weight_int8pack_mm(tokens, weight, scales.to(torch.bfloat16))
-    else:
-        if input.is_cpu and input.dtype == torch.float16:
-            tokens = tokens.float()  # CPUs convert int8 to float32 fast, to float16 slowly
-        output = tokens.new_empty(len(tokens), len(weight))
-        rows = max(64, _CHUNK_ELEMENTS.get(input.device.type, _LARGE_CHUNK) // weight.shape[1])
-        for start in range(0, len(weight), rows):
-            part = slice(start, start + rows)
-            if tokens.dtype == torch.float16:  # whose range sums of int8 products may leave
-                dense = dequantize_rows(weight[part], scales[part], tokens.dtype)
-                output[:, part] = F.linear(tokens, dense)
-            else:
-                output[:, part] = F.linear(tokens, weight[part].to(tokens.dtype)) * scales[part].to(tokens.dtype)
-    return output.to(input.dtype).view(*input.shape[:-1], len(weight))
 
 
 class RowNumbers(nn.Parameter):
     """The int8 weight of an embedding or a head, which says the dtype of the rows that it stands for, and has them.
 
     Attributes:
-        scales: the row scales, whose dtype it says; None where others (accelerate) have made this of numbers alone.
+        scales: the row scales, whose dtype it says; None until its module is asked for its weight.
     """
 
     scales: nn.Parameter | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the model; that of the numbers is int8."""
-        return Tensor.dtype.__get__(self) if self.scales is None else self.scales.dtype
+        """The dtype of the model; for PyTorch's compilers, which make programs that read the numbers, int8."""
+        asked_by = sys._getframe(1).f_globals.get("__name__", "")
+        if self.scales is None or asked_by.startswith("torch._"):
+            return Tensor.dtype.__get__(self)
+        return self.scales.dtype
 
     def __getitem__(self, index: Any) -> Tensor:
         """Returns dense rows, or part of them: Gemma 4 takes that of its padding token from here."""
@@ -122,9 +60,9 @@ class RowNumbers(nn.Parameter):
 
 
 def answer_dtypes_(model: nn.Module) -> None:
-    """Makes the weights of 8-bit embeddings and heads say the dtype of the model; not those that are offloaded."""
+    """Makes the weights of 8-bit embeddings and heads say the dtype of the model."""
     for module in model.modules():
-        if isinstance(module, (Int8Embedding, Int8Head)) and not module.packed.is_meta:
+        if isinstance(module, (Int8Embedding, Int8Head)):
             module.packed.__class__ = RowNumbers
             module.packed.scales = module.weight_row_scale
 
@@ -133,9 +71,30 @@ class _Int8Rows(nn.Module):
     """What the two modules below have in common."""
 
     @property
+    def weight(self) -> Tensor:
+        """The int8 numbers, which say the dtype of the model; in a compiled program the dense weight.
+
+        There only a tensor can answer for its dtype, and compilers drop what of it is not used.
+        """
+        if "weight" not in self._parameters:
+            raise AttributeError("weight")  # not registered yet, or deleted
+        if torch.compiler.is_compiling():
+            return self.dequantize(self.compute_dtype)
+        weight = self.packed
+        if isinstance(weight, RowNumbers):
+            weight.scales = self._parameters[ROW_SCALE]  # accelerate puts new parameters in the place of both
+        return weight
+
+    @property
     def packed(self) -> nn.Parameter:
-        """The parameter `weight`, also where `adapters` has the attribute show the dense weight."""
-        return self._parameters["weight"]
+        """The parameter `weight`, also where `adapters` has the attribute show the dense weight; int8."""
+        weight = self._parameters["weight"]
+        if torch.compiler.is_compiling():
+            return weight
+        if Tensor.dtype.__get__(weight) != torch.int8:  # accelerate brings it back in the dtype that it says
+            weight = type(weight)(weight.detach().to(torch.int8), requires_grad=False)
+            self._parameters["weight"] = weight
+        return weight
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -145,6 +104,10 @@ class _Int8Rows(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the dense weight `[V, H]` in `dtype`, as the module that this one stands for would hold it."""
         return dequantize_rows(self.packed, self.weight_row_scale, dtype)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        _ = self.packed  # in int8
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # unpickling makes a plain parameter of every parameter
@@ -212,7 +175,7 @@ class Int8Head(_Int8Rows, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns `[..., V]` in the dtype of `input`, `[..., H]`."""
-        output = int8_linear(input, as_traced(self.packed).detach(), self.weight_row_scale)
+        output = rows_linear(input, as_traced(self.packed).detach(), self.weight_row_scale)
         return output if self.bias is None else output + self.bias
 
     def to_dense(self, dtype: torch.dtype) -> nn.Linear:

@@ -12,16 +12,11 @@ from typing import Any
 
 import crvq_kernels
 import torch
+from crvq_kernels import decode_codebooks, encode_codebooks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..quantized_weight import (
-    LayerShape,
-    QuantizedWeight,
-    decode_codebooks,
-    encode_codebooks,
-    order_dtype,
-)
+from ..quantized_weight import LayerShape, QuantizedWeight, order_dtype
 from .frozen import frozen_parameter
 
 # Arguments of the kernels.
@@ -41,7 +36,7 @@ class CRVQLinear(nn.Linear):
         codebook_bits: bits of a codebook entry where it is stored, 8 or 16.
         conv1d: whether this layer took the place of a transformers `Conv1D`; only dequantizing the model needs it.
         weight: uint8, packed codes: as stored, `[N, ceil(V*e/8)]`, or tiled for the kernels, one-dimensional.
-        weight_codebooks: `[1+E, C, d]`: as stored, int8 or float16, or float16 for the kernels.
+        weight_codebooks: `[1+E, C, d]`: as stored, int8 or float16, or float16 for the kernels of a CPU.
         weight_scale: `[N]`, float16.
         weight_order: `[K]`: as stored, the smallest integer dtype that fits, or int32 in place of int16, which neither
             gloo nor NCCL send from one process to another.
@@ -106,7 +101,9 @@ class CRVQLinear(nn.Linear):
         Layers whose tensors are brought for each forward by accelerate's hooks are left as they are stored.
         """
         if not (self.packed.is_meta or _brings_tensors(getattr(self, "_hf_hook", None))):
-            self._put("weight_codebooks", decode_codebooks(self.weight_codebooks))
+            stored = crvq_kernels.prefers_int8_codebooks(self.packed.device) and self.codebook_bits == 8
+            codebooks = self._stored_codebooks() if stored else decode_codebooks(self.weight_codebooks)
+            self._put("weight_codebooks", codebooks)
             if self.weight_order.dtype == torch.int16:
                 self._put("weight_order", self.weight_order.int())
             tiled = crvq_kernels.prefers_tiles(self.packed.device)
@@ -243,7 +240,7 @@ class CRVQLinear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the dense weight `[N, K]` in `dtype`, as an `nn.Linear` would hold it."""
-        tensors = [self.packed, decode_codebooks(self.weight_codebooks), self.weight_scale, self.weight_order]
+        tensors = [self.packed, self.weight_codebooks, self.weight_scale, self.weight_order]
         exact = torch.float32 if dtype == torch.float64 else dtype
         return crvq_kernels.dequantize(*tensors, self.nbits, self.num_critical_groups, exact).to(dtype)
 
@@ -257,7 +254,7 @@ class CRVQLinear(nn.Linear):
         return crvq_kernels.linear(
             input,
             self.packed,
-            decode_codebooks(self.weight_codebooks),
+            self.weight_codebooks,
             self.weight_scale,
             self.weight_order,
             self.bias,

@@ -1,12 +1,14 @@
 """A trial run: what a model does with its layers, seen by running it on a few tokens before anything is quantized.
 
-Two things cannot be told from a layer itself. Some models read the weight of a layer elsewhere than in its forward
+Three things cannot be told from a layer itself. Some models read the weight of a layer elsewhere than in its forward
 (`layer.weight @ x`, `x.to(layer.weight.dtype)`), where codes would be taken for numbers. And some linear layers decide
-which experts a token goes to. Both kinds have to stay dense.
+which experts a token goes to. Both kinds have to stay dense. Last, some models change their weights when first run
+(RWKV divides them): what is loaded would do so again, so these are refused.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -73,12 +75,19 @@ def try_out(model: nn.Module, linears: dict[str, nn.Module], rows: dict[str, nn.
         model: a transformers model in eval mode, dense.
         linears: layers that are to be quantized, by name.
         rows: embeddings and heads that are to be stored in 8 bits, by name.
+
+    Raises:
+        ValueError: the model changes its weights in place when it is run.
     """
+    _check_new_one(model)
     findings = Findings()
     told = {name: _HARMLESS for name in linears} | {name: _HARMLESS_OF_ROWS for name in rows}
     try:
-        with _watched(linears | rows, told, findings.read.add) as outputs, _Choices(outputs, findings.routing.add):
-            run_on_trial(model)
+        with _Unchanged(model), _watched(linears | rows, told, findings.read.add) as outputs:
+            with _Choices(outputs, findings.routing.add):
+                run_on_trial(model)
+    except _Change as error:
+        raise ValueError(str(error)) from None
     except Exception as error:  # whatever a model raises that cannot be given text alone
         findings.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
         logger.debug("A trial run of %s failed: %s", type(model).__name__, findings.failure)
@@ -97,6 +106,49 @@ def _with_their_kind(found: set[str], names: Any) -> set[str]:
     """Returns all of `names` that are of a kind with one of `found`."""
     kinds = {kind_of(name) for name in found}
     return {name for name in names if kind_of(name) in kinds}
+
+
+class _Change(Exception):
+    """A model is about to change its weights."""
+
+
+class _Unchanged(TorchDispatchMode):
+    """Raises `_Change` before any parameter of a model is changed in place, through whatever view of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.kind = type(model).__name__
+        self.names = {p.untyped_storage()._cdata: name for name, p in model.named_parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func._schema.is_mutable and func is not torch.ops.aten.embedding_renorm_.default:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+                    name = self.names.get(value.untyped_storage()._cdata)
+                    if name is not None:
+                        raise _Change(
+                            f"{self.kind} changes its own weights when it is run ({name} first), and would do so "
+                            "again with what is saved, so crvq does not quantize it; see whether its config can "
+                            "switch that off (for RWKV: rescale_every=0)."
+                        )
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def _check_new_one(model: nn.Module) -> None:
+    """Raises ValueError if a new model of the same kind changes its weights; `model` may have been run before.
+
+    The new one is on the meta device: it has no numbers and takes no memory.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            new = type(model)(copy.deepcopy(model.config)).eval()
+        with _Unchanged(new):
+            run_on_text(new, _tokens(model).to("meta"))
+    except _Change as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # whatever a model raises that has no numbers
+        logger.debug("A trial of a new %s failed: %s", type(model).__name__, error)
 
 
 class _Told(Tensor):

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from crvq_kernels import unpack_codes
+from crvq_kernels import decode_codebooks, unpack_codes
 from torch import Tensor, nn
 
 from ..algorithm.search import assemble
 from ..modeling.linear import CRVQLinear
-from ..quantized_weight import QuantizedWeight, decode_codebooks, normalised, order_dtype
+from ..quantized_weight import QuantizedWeight, normalised, order_dtype
 
 # Groups of a codeword that are summed one after the other: on a GPU every one is a read that the next waits for.
 _SUMMED_AT_ONCE = 64

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import cpu, portable
-from .packing import num_virtual_groups, packed_width, tile_codes, tiled_size, untile_codes
+from .packing import decode_codebooks, num_virtual_groups, packed_width, tile_codes, tiled_size, untile_codes
 
 logger = logging.getLogger("crvq")
 
@@ -30,7 +30,12 @@ _ORDINARY_KEYS = (_INFERENCE_KEYS.add(torch._C.DispatchKey.ADInplaceOrView).raw_
 def prefers_tiles(device: torch.device | str) -> bool:
     """Returns whether layers on `device` run from tiled codes; stored ones would be slower."""
     device = torch.device(device)
-    return _uses_triton(device) or (device.type == "cpu" and cpu.library() is not None)
+    return uses_triton(device) or (device.type == "cpu" and cpu.library() is not None)
+
+
+def prefers_int8_codebooks(device: torch.device | str) -> bool:
+    """Returns whether layers on `device` run from int8 codebooks if stored so; elsewhere they are decoded once."""
+    return uses_triton(torch.device(device))
 
 
 def implementation(
@@ -42,17 +47,26 @@ def implementation(
     nbits: int = 8,
     dtype: torch.dtype = torch.float32,
     tiled: bool = True,
+    codebook_dtype: torch.dtype = torch.float16,
+    num_codebooks: int = 2,
+    in_group_size: int = 8,
 ) -> str:
     """Names the code that `linear` runs for `num_tokens` rows of `x`, of type `dtype`, on `device`.
 
     Returns:
-        "triton: " and "gemv", "gemm" or "dequantize + matmul"; or "cpu (<instructions>): " and "tables" or
-        "dequantize + matmul"; or "<device type> (torch): " and one of these two.
+        "cuda: mma_gather"; or "triton: " and "gemv", "gemm" or "dequantize + matmul"; or "cpu (<instructions>): " and
+        "tables" or "dequantize + matmul"; or "<device type> (torch): " and one of these two.
     """
     device = torch.device(device)
-    if _uses_triton(device):
-        from .gpu.tuning import kernel_for
+    if uses_triton(device):
+        from .gpu.tuning import kernel_for, mma_gather_max_tokens
 
+        if num_tokens <= mma_gather_max_tokens():
+            from .gpu.mma_gather import serves
+
+            codebooks = codebook_dtype, (num_codebooks, codebook_size, in_group_size)
+            if serves(device, num_tokens, in_features, dtype, *codebooks):
+                return "cuda: mma_gather"
         return f"triton: {kernel_for(num_tokens, out_features, in_features, codebook_size)}"
     if device.type == "cpu" and tiled and cpu.library() is not None:
         way = "tables" if cpu.uses_tables(num_tokens, out_features, nbits, dtype) else "dequantize + matmul"
@@ -76,7 +90,7 @@ def linear(
     Args:
         x: `[..., K]`, fp32, fp16 or bf16, any strides; may be empty.
         codes: uint8, see `packing`: stored, `[N, packed_width(V, nbits)]`, or tiled, `[tiled_size(N, V, nbits)]`.
-        codebooks: `[num_codebooks, C, d]`, floating, base codebook first; `C <= 2**nbits`.
+        codebooks: `[num_codebooks, C, d]`, floating or int8, in units of 1/32; base codebook first; `C <= 2**nbits`.
         scales: `[N]`, floating, one factor per output row.
         channel_order: `[K]`, integer, new to old; critical channels first.
         bias: `[N]`, floating, or None.
@@ -124,7 +138,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _uses_triton(device: torch.device) -> bool:
+def uses_triton(device: torch.device) -> bool:
+    """Returns whether Triton's kernels run on `device`."""
     return device.type == "cuda" and _has_triton()
 
 
@@ -164,12 +179,13 @@ def _linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critica
     if tokens.shape[0] == 0:
         return x.new_empty(shape)
     sizes = tokens.shape[0], scales.shape[0], tokens.shape[1], codebooks.shape[1]
-    name = implementation(x.device, *sizes, nbits, x.dtype, codes.dim() == 1)
+    codebooks_are = codebooks.dtype, codebooks.shape[0], codebooks.shape[2]
+    name = implementation(x.device, *sizes, nbits, x.dtype, codes.dim() == 1, *codebooks_are)
     _log_once(name)
     layer = (codes, codebooks, scales, channel_order)
     constants = (nbits, num_critical_groups)
-    if name.startswith("triton"):
-        y = _linear_triton(name, tokens, _tiled(layer, *constants), bias, *constants)
+    if name.startswith(("triton", "cuda:")):
+        y = _linear_gpu(name, tokens, _tiled(layer, *constants), bias, *constants)
     elif "(torch)" in name:
         layer = _stored(layer, *constants)
         run = portable.lookup_linear if name.endswith("tables") else portable.dequantize_linear
@@ -181,9 +197,19 @@ def _linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critica
     return torch.ops.aten._unsafe_view(y, shape)
 
 
-def _linear_triton(name, tokens, layer, bias, nbits, num_critical_groups):
+def _linear_gpu(name, tokens, layer, bias, nbits, num_critical_groups):
     constants = (nbits, num_critical_groups)
     with torch.cuda.device_of(tokens):
+        if name == "cuda: mma_gather":
+            from .gpu.mma_gather import give_up, mma_gather
+
+            try:
+                return mma_gather(tokens, *layer, bias, *constants)
+            except (OSError, RuntimeError) as error:
+                give_up(error)
+            name = implementation(
+                tokens.device, tokens.shape[0], layer[2].shape[0], tokens.shape[1], layer[1].shape[1]
+            )
         if name == "triton: gemv":
             from .gpu.gemv import gemv
 
@@ -204,7 +230,7 @@ def _dequantize(codes, codebooks, scales, channel_order, nbits, num_critical_gro
     _check_dtype("dtype", dtype)
     layer = (codes, codebooks, scales, channel_order)
     constants = (nbits, num_critical_groups)
-    if _uses_triton(codes.device):
+    if uses_triton(codes.device):
         from .gpu.dequant import dequantize_weight
 
         with torch.cuda.device_of(codes):
@@ -217,6 +243,7 @@ def _dequantize(codes, codebooks, scales, channel_order, nbits, num_critical_gro
 def _cpu_layer(layer, bias, nbits, num_critical_groups):
     """Returns a layer for the compiled kernel, with the dtypes and strides it reads."""
     codes, codebooks, scales, channel_order = layer
+    codebooks = decode_codebooks(codebooks)
     floats = [codebooks, scales] if bias is None else [codebooks, scales, bias]
     floats = [(t if t.dtype in _FLOAT_DTYPES else t.float()).contiguous() for t in floats]
     bias = None if bias is None else floats[2]
@@ -255,9 +282,11 @@ def _check_linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_c
 
 
 def _check_layer(codes, codebooks, scales, channel_order, nbits, num_critical_groups) -> None:
-    if codebooks.dim() != 3 or not codebooks.is_floating_point() or codebooks.shape[1] > 2**nbits:
+    numbers = codebooks.is_floating_point() or codebooks.dtype == torch.int8
+    if codebooks.dim() != 3 or not numbers or codebooks.shape[1] > 2**nbits:
         raise ValueError(
-            f"codebooks must be a floating tensor of shape [num_codebooks, at most {2**nbits}, in_group_size], "
+            f"codebooks must be a floating or int8 tensor of shape "
+            f"[num_codebooks, at most {2**nbits}, in_group_size], "
             f"got {codebooks.dtype} and {list(codebooks.shape)}"
         )
     num_codebooks, _, in_group_size = codebooks.shape

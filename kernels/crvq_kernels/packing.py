@@ -20,6 +20,7 @@ from torch import Tensor
 
 MIN_NBITS, MAX_NBITS = 4, 12
 TILE_GROUPS, TILE_ROWS = 32, 16
+INT8_UNITS = 32  # of an int8 codebook entry: of unit root mean square, a codebook has entries up to about 4
 ROW_MULTIPLE = 64  # rows are padded to whole cache lines of codes
 _CODES_PER_PERIOD = 8
 
@@ -103,6 +104,16 @@ def unpack_codes(packed: Tensor, nbits: int, num_codes: int) -> Tensor:
             value |= high << (8 * byte - shift)
         lane.copy_(value & (2**nbits - 1))
     return codes
+
+
+def encode_codebooks(codebooks: Tensor) -> Tensor:
+    """Returns codebooks as int8, in units of 1/32, rounded to nearest; entries must be from -4 to 127/32."""
+    return (codebooks.float() * INT8_UNITS).round_().to(torch.int8)
+
+
+def decode_codebooks(codebooks: Tensor) -> Tensor:
+    """Returns codebooks, int8 or floating, as floating values: of int8 ones float16, which is exact."""
+    return codebooks.half() / INT8_UNITS if codebooks.dtype == torch.int8 else codebooks
 
 
 def high_bits(nbits: int) -> int:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import channel_index, num_virtual_groups, unpack_codes
+from .packing import channel_index, decode_codebooks, num_virtual_groups, unpack_codes
 
 # Lookup tables take num_tokens * codebook_size multiply-adds per channel: beyond about this, dequantizing is faster.
 _LOOKUP_MAX_TOKENS = 8
@@ -53,7 +53,7 @@ def _dequantized_rows(codes, codebooks, in_features, nbits, num_critical_groups)
     num_codebooks, _, in_group_size = codebooks.shape
     num_groups = in_features // in_group_size
     num_codes = num_virtual_groups(in_features, in_group_size, num_codebooks, num_critical_groups)
-    codebooks = codebooks.float()
+    codebooks = decode_codebooks(codebooks).float()
     for rows in _row_steps(codes.shape[0], num_codes):
         block_codes = unpack_codes(codes[rows], nbits, num_codes).int()
         base, *extended = block_codes.split([num_groups] + [num_critical_groups] * (num_codebooks - 1), dim=1)
@@ -85,7 +85,7 @@ def lookup_linear(x, codes, codebooks, scales, channel_order, nbits, num_critica
     # One column per token, so that one row of the table serves all of them.
     vectors = x.index_select(1, index).view(num_tokens, num_codes, in_group_size).transpose(0, 1)  # [V, M, d]
     base, extended = vectors.split([num_groups, num_codes - num_groups])
-    codebooks = codebooks.float()
+    codebooks = decode_codebooks(codebooks).float()
     table = x.new_empty(num_codes, codebook_size, num_tokens)
     table[:num_groups] = (base @ codebooks[0].T).transpose(1, 2)
     if extended.shape[0]:

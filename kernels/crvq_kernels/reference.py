@@ -8,7 +8,7 @@ Everything faster than this is tested against it.
 import torch
 from torch import Tensor
 
-from .packing import channel_index, codebook_ids, num_virtual_groups, unpack_codes
+from .packing import channel_index, codebook_ids, decode_codebooks, num_virtual_groups, unpack_codes
 
 
 def dequantize_ref(
@@ -24,7 +24,7 @@ def dequantize_ref(
 
     Args:
         codes_packed: `[N, packed_width(V, nbits)]`, uint8, see `packing`.
-        codebooks: `[num_codebooks, C, d]`, floating, base codebook first.
+        codebooks: `[num_codebooks, C, d]`, floating or int8, in units of 1/32; base codebook first.
         scales: `[N]`, floating, one factor per output row.
         channel_order: `[K]`, integer, new to old.
         nbits: bits per code.
@@ -79,4 +79,4 @@ def _code_vectors(
     num_codes = num_virtual_groups(channel_order.numel(), in_group_size, num_codebooks, num_critical_groups)
     codes = unpack_codes(codes_packed, nbits, num_codes).to(torch.int64)
     ids = codebook_ids(num_groups, num_codebooks, num_critical_groups).to(codes.device)
-    return codebooks.float()[ids, codes].flatten(1)
+    return decode_codebooks(codebooks).float()[ids, codes].flatten(1)

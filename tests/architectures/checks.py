@@ -19,7 +19,8 @@ from transformers.models.auto import modeling_auto
 import crvq_hf
 from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.blocks.rehearsal import rehearse
-from crvq_hf.blocks.runner import State
+from crvq_hf.blocks.runner import State, run_on_text
+from crvq_hf.blocks.trees import hidden_of
 from crvq_hf.pipeline import block_loop
 
 CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -69,7 +70,20 @@ def auto_class(architecture: str) -> type:
 
 
 def check(architecture: str, **fields) -> Verdict:
-    """Returns what became of one architecture; `fields` are of `CRVQConfig`."""
+    """Returns what became of one architecture; `fields` are of `CRVQConfig`.
+
+    What is refused with the advice to quantize on weights alone is tried like that too, and must then be right.
+    """
+    verdict = _check(architecture, FIELDS | fields)
+    if verdict.verdict != REFUSED or "dataset=None" not in verdict.why:
+        return verdict
+    alone = _check(architecture, FIELDS | fields | {"dataset": None})
+    if alone.verdict != RIGHT:
+        return Verdict(architecture, alone.verdict, alone.dense, f"with dataset=None: {alone.why}")
+    return Verdict(architecture, REFUSED, alone.dense, verdict.why)
+
+
+def _check(architecture: str, fields: dict) -> Verdict:
     try:
         model = shrink.tiny_model(architecture, auto_class(architecture))
     except Exception as error:
@@ -80,9 +94,9 @@ def check(architecture: str, **fields) -> Verdict:
     step = "quantizing"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            config = CRVQConfig(**FIELDS | fields, work_dir=Path(folder) / "work")
+            config = CRVQConfig(**fields, work_dir=Path(folder) / "work")
             quantize_model(model, tiny_tokenizer(), config)
-            for step, attempt in _steps(model, writes, Path(folder)).items():
+            for step, attempt in _steps(model, writes, Path(folder), fields["dataset"] is not None).items():
                 problem = attempt()
                 if problem:
                     return Verdict(architecture, WRONG, model.crvq_report["dense_share"], f"{step}: {problem}")
@@ -98,7 +112,7 @@ def check(architecture: str, **fields) -> Verdict:
     return Verdict(architecture, RIGHT, model.crvq_report["dense_share"])
 
 
-def _steps(model, writes: bool, folder: Path) -> dict[str, Callable[[], str]]:
+def _steps(model, writes: bool, folder: Path, calibrated: bool) -> dict[str, Callable[[], str]]:
     """Returns what is tried with a quantized model: by name, what says what is wrong, or an empty string."""
     tokens = torch.arange(32).view(2, 16) * 7 % 250 + 3
     expected = shrink.run(model, tokens)
@@ -124,7 +138,7 @@ def _steps(model, writes: bool, folder: Path) -> dict[str, Callable[[], str]]:
         "logits": alive,
         "saving": saved,
         "loading": loaded,
-        "block by block": lambda: _difference(_by_blocks(model, tokens), expected, 1e-4),
+        "block by block": lambda: _difference(*_by_blocks(model, tokens), 1e-4) if calibrated else "",
         "generating": written,
         "dequantizing": lambda: _difference(shrink.run(model.dequantize(), tokens), expected, 1e-2),
     }
@@ -140,12 +154,12 @@ def _writes(model) -> bool:
 
 
 @torch.no_grad()
-def _by_blocks(model, tokens: torch.Tensor) -> torch.Tensor:
-    """Returns the logits of running block after block, as calibration does."""
+def _by_blocks(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what running block after block gives, as calibration does, and what the model gives for text."""
     runner, state = rehearse(model), State(tokens)
     for index in runner.order:
         state = state.then(runner.call(index, runner.arguments(index, state)), runner.lists[index])
-    return runner.logits(state)
+    return hidden_of(runner.output(state)), hidden_of(run_on_text(runner.model, tokens))
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor, most: float) -> str:

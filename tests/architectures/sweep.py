@@ -1,7 +1,8 @@
 """Every causal and image-text architecture of the installed transformers, one line each, in a table.
 
 Each is tried in a process of its own, so that one that crashes or hangs does not end the others. `make sweep` writes
-SWEEP.md; names as arguments try only those, and print.
+SWEEP.md; names as arguments try only those, and put their lines in place of the old ones. Some vision towers are
+timm's: `pip install timm` for these.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def table(verdicts: list[Verdict]) -> str:
         "`make sweep` makes a tiny random model of every causal and image-text architecture that transformers "
         f"{transformers.__version__} knows, quantizes it with calibration, block and end-to-end tuning and embeddings "
         "in 8 bits, saves it, loads it (bit-equal logits), lets it write, runs it block by block against the whole, "
-        "and dequantizes it. Dense is the share of the weights of its blocks that stay dense.",
+        "and dequantizes it. What is refused with the advice dataset=None is tried on weights alone too. "
+        "Dense is the share of the weights of its blocks that stay dense.",
         "",
         f"{len(verdicts)} of {len(architectures())} tried: "
         + ", ".join(f"{counts[kind]} {kind}" for kind in (RIGHT, REFUSED, WRONG, BEFORE, AFTER, UNBUILT))
@@ -68,22 +70,30 @@ def table(verdicts: list[Verdict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tried_before() -> dict[str, Verdict]:
+    """Returns the verdicts that SWEEP.md has, by architecture."""
+    rows = [line[2:-2].split(" | ", 3) for line in TABLE.read_text(encoding="utf-8").splitlines() if " | " in line]
+    return {
+        row[0]: Verdict(row[0], row[1], int(row[2].split()[0]) / 100 if row[2] else None, row[3])
+        for row in rows
+        if row[0] in architectures()
+    }
+
+
 def main(names: list[str]) -> None:
-    """Tries the named architectures, or all, and writes the table if it is all."""
+    """Tries the named architectures, or all, and writes the table."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.basicConfig(level=logging.DEBUG if os.environ.get("SWEEP_DEBUG") else logging.ERROR, format="%(message)s")
     for name in ("httpx", "urllib3", "filelock", "asyncio", "crvq"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    verdicts = []
+    verdicts = tried_before() if names else {}
     check("llama")  # imports what all of them need, before the processes are made
     for name in names or architectures():
-        verdicts.append(in_a_process(name))
-        v = verdicts[-1]
+        verdicts[name] = v = in_a_process(name)
         print(name, v.verdict, "" if v.dense is None else f"{v.dense:.3f}", v.why[:300], flush=True)
-        if not names:  # at once: it takes hours
-            TABLE.write_text(table(verdicts), encoding="utf-8")
+        TABLE.write_text(table([verdicts[key] for key in sorted(verdicts)]), encoding="utf-8")  # it takes long
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def tune(monkeypatch):
     properties = types.SimpleNamespace(multi_processor_count=132)
     layer = kernels.random_layer((576, 576), "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(kernels, "random_layer", lambda shape, device: layer)
+    monkeypatch.setattr(kernels, "random_layer", lambda shape, device, **options: layer)
     monkeypatch.setattr(kernels, "num_layers", lambda nbytes: 2)
     monkeypatch.setattr(torch, "randn", lambda *shape, device=None: torch.ones(shape))
     return gpu_tiles

@@ -183,6 +183,17 @@ def test_generate_prints_what_the_model_adds(quantized, capsys):
     assert capsys.readouterr().out == tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True) + "\n"
 
 
+@pytest.mark.parametrize(
+    "command", [["generate", "--prompt", "The"], ["eval", "--text", __file__]], ids=lambda c: c[0]
+)
+def test_a_model_without_a_tokenizer(command, quantized, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(quantized / name, tmp_path)
+    name, *options = command
+    assert main([name, str(tmp_path), *options]) == 2
+    assert "has no tokenizer that transformers can load; put that of" in capsys.readouterr().err
+
+
 def test_generate_uses_the_chat_template(finished, capsys):
     (finished / "chat_template.jinja").write_text("{% for m in messages %}the {{ m.content }} dog{% endfor %}")
     assert main(["generate", str(finished), "--prompt", "lazy", "--max-new-tokens", "5"]) == 0

@@ -237,7 +237,10 @@ BAD_ARGUMENTS = {
     ),
     "codes-width": ({1: torch.zeros(100, 14).byte()}, r"15 codes of 8 bits .*got torch.uint8 and \[100, 14\]"),
     "tiles": ({1: torch.zeros(100).byte()}, r"or, tiled, \[4096\], got torch.uint8 and \[100\]"),
-    "codebooks": ({2: torch.zeros(256, 8)}, r"codebooks must be a floating tensor .*got torch.float32 and \[256, 8\]"),
+    "codebooks": (
+        {2: torch.zeros(256, 8)},
+        r"codebooks must be a floating or int8 tensor .*got torch.float32 and \[256, 8\]",
+    ),
     "codebook-size": ({2: torch.zeros(4, 257, 8)}, "at most 256"),
     "group-size": ({2: torch.zeros(4, 256, 6)}, "must be 4, 8 or 16, got 6"),
     "scales": ({3: torch.zeros(100, 1)}, r"scales must be a floating tensor of shape \[out_features\]"),

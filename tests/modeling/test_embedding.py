@@ -6,16 +6,17 @@ import pickle
 
 import pytest
 import torch
+from crvq_kernels import dequantize_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import SIZES
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.checkpoint.info import read_info
 from crvq_hf.commands.info import describe
-from crvq_hf.modeling.embedding import Int8Embedding, Int8Head, dequantize_rows, int8_linear, quantize_rows
+from crvq_hf.modeling.embedding import Int8Embedding, Int8Head
+from crvq_hf.modeling.rows import quantize_rows
 
 pytestmark = pytest.mark.usefixtures("pipeline")
 
@@ -77,26 +78,6 @@ def test_rows_that_do_not_fit_are_refused(value):
     weight[3, 2] = value
     with pytest.raises(ValueError, match="does not fit 8 bits.*embedding_bits=16"):
         quantize_rows(weight)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [(1,), (8,), (3, 7), (0,)], ids=str)
-def test_head_against_a_dense_product(dtype, tokens):
-    numbers, scales = quantize_rows(torch.randn(1500, 576))  # several chunks, the last one short
-    x = torch.randn(*tokens, 576).to(dtype)
-    found = int8_linear(x, numbers, scales)
-    expected = F.linear(x.double(), numbers.double() * scales.double()[:, None])
-    assert found.dtype == dtype and found.shape == (*tokens, 1500)
-    if found.numel():
-        error = (found.double() - expected).norm() / expected.norm()
-        assert error < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
-
-
-def test_gradients_pass_the_head():
-    numbers, scales = quantize_rows(torch.randn(100, 16))
-    x = torch.randn(5, 16, requires_grad=True)
-    int8_linear(x, numbers, scales).sum().backward()
-    torch.testing.assert_close(x.grad, dequantize_rows(numbers, scales, torch.float32).sum(0).expand(5, 16))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -239,6 +220,7 @@ def test_sharded_and_on_disk(make, tokens, tmp_path, case):
         tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
     )
     assert offloaded.model.embed_tokens.weight.is_meta
+    assert offloaded.model.embed_tokens.weight.dtype == offloaded.lm_head.weight.dtype == torch.float32
     # Blocks run untiled beside a disk, so by other code.
     torch.testing.assert_close(logits(offloaded, tokens), logits(model, tokens), rtol=1e-3, atol=1e-3)
     offloaded.save_pretrained(tmp_path / "again")
@@ -285,14 +267,33 @@ def test_generate_and_compile(make, tokens):
     assert torch.equal(
         model.generate(tokens[:1], max_new_tokens=4, do_sample=False, cache_implementation="static"), cached
     )
-    compiled = torch.compile(model.lm_head, fullgraph=True, backend="eager")
     x = torch.randn(2, 32)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model.lm_head(x))
-        torch.testing.assert_close(
-            torch.compile(model.model.embed_tokens, fullgraph=True, backend="eager")(tokens),
-            model.model.embed_tokens(tokens),
-        )
+        for part, given in ((model.lm_head, x), (model.model.embed_tokens, tokens)):
+            compiled = torch.compile(part, fullgraph=True, backend=checks_dtypes)
+            torch.testing.assert_close(compiled(given), part(given))
+            exported = torch.export.export(part, (given,)).module()
+            torch.testing.assert_close(exported(given), part(given))
+
+
+def checks_dtypes(program, inputs):
+    """A compiler that fails where a program was made for inputs of other dtypes than it gets: those read garbage."""
+    places = [node.meta["example_value"].dtype for node in program.graph.nodes if node.op == "placeholder"]
+    assert places == [torch.Tensor.dtype.__get__(tensor) for tensor in inputs]
+    return program.forward
+
+
+def test_compiled_code_is_told_the_dtype_of_the_model(make):
+    head = quantize_model(make("llama tied"), config=EIGHT).lm_head
+    x = torch.randn(2, 32, dtype=torch.float64)
+
+    def cast(x):  # as the code of several models does
+        return head(x.to(head.weight.dtype)), head.weight[3]
+
+    expected = cast(x)
+    found = torch.compile(cast, fullgraph=True, backend=checks_dtypes)(x)
+    torch.testing.assert_close(found, expected)
+    assert expected[0].dtype == torch.float32 and found[0].abs().max() > 0
 
 
 def change_tensors(folder, change) -> None:

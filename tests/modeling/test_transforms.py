@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crvq_hf import CRVQLinear
-from crvq_hf.modeling.embedding import Int8Head, quantize_rows
+from crvq_hf.modeling.embedding import Int8Head
+from crvq_hf.modeling.rows import quantize_rows
 
 
 @pytest.fixture

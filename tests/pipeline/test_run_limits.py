@@ -140,16 +140,17 @@ def test_activations_are_held_at_most_twice_whatever_the_number_of_blocks(num_bl
     stream = nsamples * seqlen * 32 * 4
     call_block, calls, held = Run.call_block, [], []
 
+    def storages():
+        """Returns a storage per tensor as large as all activations; RUN_TOKENS keeps everything else smaller."""
+        large = (t for t in gc.get_objects() if type(t) is torch.Tensor and not is_wrapped(t))
+        return {t.untyped_storage().data_ptr() for t in large if t.untyped_storage().nbytes() >= stream}
+
+    before = storages()  # what other tests have left
+
     def count(run, index, state):
         calls.append(index)
         if len(calls) % 5 == 0:
-            # One storage for each tensor as large as all activations; RUN_TOKENS keeps everything else smaller.
-            storages = {
-                t.untyped_storage().data_ptr()
-                for t in gc.get_objects()
-                if type(t) is torch.Tensor and not is_wrapped(t) and t.untyped_storage().nbytes() >= stream
-            }
-            held.append(len(storages))
+            held.append(len(storages() - before))
         return call_block(run, index, state)
 
     monkeypatch.setattr(Run, "call_block", count)

@@ -7,6 +7,16 @@ the other. A thread owns one virtual group of one tile and up to 16 of its outpu
 import triton
 import triton.language as tl
 
+from ..packing import INT8_UNITS
+
+_UNIT = tl.constexpr(1 / INT8_UNITS)
+
+
+@triton.jit
+def decoded(entries):
+    """Returns codebook entries as numbers: int8 ones as fp16, which is exact, others as they are."""
+    return entries.to(tl.float16) * _UNIT if entries.dtype == tl.int8 else entries
+
 
 @triton.jit
 def load_code_words(tiles_ptr, high_start, cells, first_rows, mask, ROWS: tl.constexpr, HIGH_BITS: tl.constexpr):
@@ -58,8 +68,8 @@ def load_pieces(codebooks_ptr, vectors, THREADS: tl.constexpr, GROUP: tl.constex
         vectors: `[ROWS, T]`, int32, which row of the flattened codebooks.
 
     Returns:
-        `[GROUP / PIECE * ROWS * T, PIECE]`, in the dtype of the codebooks; the piece is the slowest part of axis 0.
+        `[GROUP / PIECE * ROWS * T, PIECE]`, see `decoded`; the piece is the slowest part of axis 0.
     """
     first = vectors[None, :, :] * GROUP + (tl.arange(0, GROUP // PIECE) * PIECE)[:, None, None]
     first = tl.multiple_of(tl.reshape(first, (GROUP // PIECE * vectors.shape[0] * THREADS,)), PIECE)
-    return tl.load(codebooks_ptr + first[:, None] + tl.arange(0, PIECE)[None, :])
+    return decoded(tl.load(codebooks_ptr + first[:, None] + tl.arange(0, PIECE)[None, :]))

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packing import TILE_GROUPS, TILE_ROWS, high_bits, num_virtual_groups
-from .decode import load_code_words, load_pieces, unpack_codes
+from .decode import decoded, load_code_words, load_pieces, unpack_codes
 from .tuning import NUM_STAGES, gemm_blocks, stage_blocks
 
 
@@ -14,15 +14,19 @@ from .tuning import NUM_STAGES, gemm_blocks, stage_blocks
 def stage_kernel(
     x_ptr,
     order_ptr,
+    codebooks_ptr,
     staged_ptr,
     unscale_ptr,
+    decoded_ptr,
     K,
+    num_entries,
     width,
     num_virtual_groups,
     num_groups,
     num_critical_groups,
     GROUP: tl.constexpr,
     SCALED: tl.constexpr,
+    DECODE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Writes `BLOCK` channels of one token in the order of the virtual groups, padding groups as 0.
@@ -30,8 +34,17 @@ def stage_kernel(
     x: `[M, K]`, order: `[K]`, staged: `[M, width]`; all contiguous. `num_critical_groups` must be at least 1. With
     `SCALED`, a token is multiplied by the power of two that puts its largest magnitude in [2**14, 2**15), where fp16
     holds a bfloat16 exactly unless it is 2**28 times smaller than the largest; `unscale[M]`, fp32, is the inverse.
+
+    With `DECODE`, the programs of the first token also write the `num_entries` int8 entries of the codebooks as fp16:
+    once here, and not at every code that `gemm_kernel` reads.
     """
     token = tl.program_id(0).to(tl.int64)
+    if DECODE:
+        if token == 0:
+            for start in range(tl.program_id(1) * BLOCK, num_entries, tl.num_programs(1) * BLOCK):
+                entry = start + tl.arange(0, BLOCK)
+                entries = tl.load(codebooks_ptr + entry, mask=entry < num_entries, other=0)
+                tl.store(decoded_ptr + entry, decoded(entries), mask=entry < num_entries)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     group = channel // GROUP
     past_base = group - num_groups
@@ -203,25 +216,32 @@ def gemm(
     num_padded_groups = triton.cdiv(num_codes, TILE_GROUPS) * TILE_GROUPS
     group_counts = (in_features // in_group_size, max(num_critical_groups, 1))
     # fp16 codebooks are exact factors of fp16 products; what does not fit fp16 is multiplied in fp32.
-    exact = x.dtype == torch.float32 or codebooks.dtype != torch.float16
+    exact = x.dtype == torch.float32 or codebooks.dtype not in (torch.float16, torch.int8)
     scaled = x.dtype == torch.bfloat16 and not exact
     blocks = gemm_blocks(num_tokens, out_features, in_group_size, exact, torch.version.hip is not None)
 
     width = num_padded_groups * in_group_size
     staged = torch.empty(num_tokens, width, dtype=torch.float32 if exact else torch.float16, device=x.device)
     unscale = torch.empty(num_tokens, dtype=torch.float32, device=x.device) if scaled else None
+    decode = codebooks.dtype == torch.int8
+    stored = codebooks.contiguous()
+    codebooks = torch.empty(codebooks.shape, dtype=torch.float16, device=x.device) if decode else stored
     stage = stage_blocks(scaled)
     stage_kernel[(num_tokens, triton.cdiv(width, stage.channels))](
         x.contiguous(),
         channel_order.contiguous(),
+        stored,
         staged,
         unscale,
+        codebooks,
         in_features,
+        codebooks.numel(),
         width,
         num_codes,
         *group_counts,
         GROUP=in_group_size,
         SCALED=scaled,
+        DECODE=decode,
         BLOCK=stage.channels,
         num_warps=stage.num_warps,
         num_stages=NUM_STAGES,
@@ -232,7 +252,7 @@ def gemm(
         staged,
         unscale,
         tiles.contiguous(),
-        codebooks.contiguous(),
+        codebooks,
         scales.contiguous(),
         None if bias is None else bias.contiguous(),
         y,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packing import ROW_MULTIPLE, TILE_GROUPS, TILE_ROWS, num_virtual_groups
+from .decode import decoded
 from .tuning import NUM_STAGES, gemv_blocks
 
 GROUPS = tl.constexpr(TILE_GROUPS)
@@ -74,7 +75,7 @@ def load_codebook(
     code = column // (2 * PARTS) * 2 + column % 2
     element = code // SHARE * WIDTH + k % WIDTH
     mask = (k // WIDTH == column // 2 % PARTS) & (element < codebook_size * GROUP)
-    vectors = tl.load(codebooks_ptr + book * codebook_size * GROUP + element, mask=mask, other=0.0)
+    vectors = decoded(tl.load(codebooks_ptr + book * codebook_size * GROUP + element, mask=mask, other=0))
     if SHARE > 1:
         vectors = tl.where(k % WIDTH // GROUP == code % SHARE, vectors, 0.0)
     if REST:
@@ -318,8 +319,11 @@ def dot_factors(x_dtype: torch.dtype, codebook_dtype: torch.dtype) -> str:
     """Names factors of `tl.dot` that hold both types without rounding: "fp16", "bf16", "bf16x2", "tf32" or "fp32".
 
     Two equal 16-bit types stay as they are. With bfloat16 tokens an fp16 codebook is the sum of two bfloat16 ones,
-    "bf16x2". tf32 holds the values of both types, except on AMD, which has fp32 matrix instructions.
+    "bf16x2". tf32 holds the values of both types, except on AMD, which has fp32 matrix instructions. An int8 codebook
+    fits every type.
     """
+    if codebook_dtype == torch.int8:
+        codebook_dtype = x_dtype if x_dtype in _HALF_TYPES else torch.float16
     hip = torch.version.hip is not None
     # The interpreter multiplies bf16 as integers, so there it is widened.
     if not triton.knobs.runtime.interpret:

@@ -6,6 +6,7 @@ Triton turns the codebook gather into asynchronous copies that bypass the L1 cac
 """
 
 import functools
+import os
 from dataclasses import dataclass
 
 NUM_STAGES = 1
@@ -66,6 +67,25 @@ class GemvBlocks:
     splits: int
     slices_per_program: int
     num_warps: int
+
+
+@dataclass(frozen=True)
+class MmaGatherBlocks:
+    """What one program of the CUDA kernel for few tokens does.
+
+    Attributes:
+        rows: output rows: 16, 32, 64 or 128.
+        warps: warps, each with its own share of the virtual groups.
+        ahead: steps of 4 virtual groups whose codes a warp has on their way.
+        fused: whether every program cuts `x` into digits itself; else a small kernel has done it before.
+        dependent: programmatic dependent launch: whether a kernel may start while the one ahead of it still runs.
+    """
+
+    rows: int
+    warps: int
+    ahead: int
+    fused: bool
+    dependent: bool = False
 
 
 # Rows of a program to its warps. A table costs the same however many rows use it, so more rows are better as long as
@@ -133,6 +153,43 @@ def kernel_for(num_tokens: int, out_features: int, in_features: int, codebook_si
     return "gemm" if num_tokens <= _GEMM_MAX_TOKENS else "dequantize + matmul"
 
 
+MMA_GATHER_TOKENS = 16  # the most that the CUDA kernel is written for
+# Up to how many tokens it runs by itself: none before a GPU has measured it. CRVQ_MMA_GATHER says another number.
+_MMA_GATHER_MAX_TOKENS = 0
+# By the most tokens: rows, warps, steps ahead and whether fused. The launcher takes the first that fits in shared
+# memory; a benchmark times all.
+_MMA_GATHER_BLOCKS = {
+    2: (
+        *((32, 16, 8, True), (32, 16, 4, True), (32, 8, 8, True), (16, 16, 8, True), (16, 8, 8, True)),
+        *((64, 8, 4, True), (64, 16, 4, True), (128, 8, 2, True), (32, 16, 4, False), (32, 8, 4, False)),
+    ),
+    4: (
+        *((32, 16, 4, False), (32, 16, 4, True), (32, 8, 4, False), (32, 8, 4, True), (16, 16, 4, False)),
+        *((64, 8, 4, False), (64, 8, 4, True), (64, 16, 2, False), (128, 8, 2, False)),
+    ),
+    8: (
+        *((32, 16, 2, False), (32, 16, 2, True), (32, 8, 4, False), (32, 8, 4, True), (16, 16, 4, False)),
+        *((64, 8, 2, False), (64, 8, 2, True), (64, 16, 2, False)),
+    ),
+    16: (
+        *((32, 16, 2, False), (32, 16, 1, False), (32, 16, 1, True), (32, 8, 2, False), (32, 8, 2, True)),
+        *((16, 16, 2, False), (64, 8, 2, False), (64, 8, 1, False)),
+    ),
+}
+
+
+def mma_gather_max_tokens() -> int:
+    """Returns up to how many tokens the CUDA kernel runs where it can."""
+    return int(os.environ.get("CRVQ_MMA_GATHER") or _MMA_GATHER_MAX_TOKENS)
+
+
+@functools.cache
+def mma_gather_blocks(num_tokens: int) -> tuple[MmaGatherBlocks, ...]:
+    """Returns what can be launched for that many tokens, the best first; all have the same result."""
+    most = next(tokens for tokens in _MMA_GATHER_BLOCKS if num_tokens <= tokens)
+    return tuple(MmaGatherBlocks(*numbers) for numbers in _MMA_GATHER_BLOCKS[most])
+
+
 # Programs of 64 rows that keep an H100, of 132 processors, busy.
 _GEMM_MANY_PROGRAMS = 192
 # Output rows up to which programs of a few tokens are so few that each needs 16 warps.
@@ -187,3 +244,27 @@ REORDER_MAX_BYTES = 65536
 def reorder_warps(channels: int) -> int:
     """Returns the warps of the kernel that puts a token's channels in order: 16 to 64 channels a thread."""
     return 4 if channels <= 4096 else 8 if channels <= 8192 else 16
+
+
+@dataclass(frozen=True)
+class RowsBlocks:
+    """What one program of the kernel for int8 rows does: a tile of output rows and tokens, `channels` at a time.
+
+    It gathers nothing, so that its loads can be pipelined in `num_stages`.
+    """
+
+    tokens: int
+    rows: int
+    channels: int
+    num_warps: int
+    num_stages: int
+
+
+# Tokens up to which the int8 rows are read straight; for more they are made dense once.
+ROWS_MAX_TOKENS = 64
+
+
+def rows_blocks(num_tokens: int, element_size: int) -> RowsBlocks:
+    """Returns the tile of the kernel for int8 rows; `element_size` is that of a channel of `x`, in bytes."""
+    tokens = next((size for size in (16, 32) if num_tokens <= size), 64)
+    return RowsBlocks(tokens, rows=64, channels=256 // element_size, num_warps=4, num_stages=3)

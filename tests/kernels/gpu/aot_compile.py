@@ -20,6 +20,7 @@ from crvq_kernels.gpu.dequant import dequantize_weight
 from crvq_kernels.gpu.gemm import gemm
 from crvq_kernels.gpu.gemv import gemv
 from crvq_kernels.gpu.reorder import reorder
+from crvq_kernels.gpu.rows import rows_gemm
 from crvq_kernels.gpu.tuning import GemvBlocks
 from crvq_kernels.packing import num_virtual_groups, tiled_size
 from machine_code import problems, read_amdgcn, read_sass, table
@@ -32,7 +33,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+FP16, BF16, FP32, INT8 = torch.float16, torch.bfloat16, torch.float32, torch.int8
 
 
 def layer(in_group_size=8, nbits=8, out_features=4096, in_features=4096, dtype=FP16):
@@ -42,7 +43,7 @@ def layer(in_group_size=8, nbits=8, out_features=4096, in_features=4096, dtype=F
     return (
         torch.empty(tiled_size(out_features, num_codes, nbits), dtype=torch.uint8),
         torch.empty(4, 2**nbits, in_group_size, dtype=dtype),
-        torch.empty(out_features, dtype=dtype),
+        torch.empty(out_features, dtype=dtype if dtype.is_floating_point else FP16),
         torch.empty(in_features, dtype=torch.int16),
         nbits,
         num_critical_groups,
@@ -56,12 +57,25 @@ def linear_args(num_tokens, x_dtype, *layer_args, **more_layer_args):
     return x, tiles, codebooks, scales, order, torch.empty_like(scales), nbits, num_critical_groups
 
 
+def head_args(num_tokens, dtype, rows=128256, channels=4096):
+    """Returns the arguments of `rows_gemm`."""
+    return (
+        torch.empty(num_tokens, channels, dtype=dtype),
+        torch.empty(rows, channels, dtype=torch.int8),
+        torch.empty(rows, dtype=dtype),
+    )
+
+
 CASES = {
     "M=1 fp16 d8 e8": lambda: gemv(*linear_args(1, FP16)),
     "M=1 bf16 d4 e8, small": lambda: gemv(*linear_args(1, BF16, 4, out_features=576, in_features=576, dtype=BF16)),
     "M=1 bf16 d8 e8": lambda: gemv(*linear_args(1, BF16)),
     "M=1 bf16 d16 e8": lambda: gemv(*linear_args(1, BF16, 16)),
     "M=1 fp32 d8 e8": lambda: gemv(*linear_args(1, FP32)),
+    "M=1 fp16 d8 e8 int8": lambda: gemv(*linear_args(1, FP16, dtype=INT8)),
+    "M=1 bf16 d8 e8 int8": lambda: gemv(*linear_args(1, BF16, dtype=INT8)),
+    "M=4 fp16 d8 e8 int8": lambda: gemm(*linear_args(4, FP16, dtype=INT8)),
+    "fp16 d8 e8 int8": lambda: dequantize_weight(*layer(dtype=INT8), FP16, permuted=True),
     "M=4 fp16 d8 e8": lambda: gemm(*linear_args(4, FP16)),
     "M=64 fp16 d8 e8, large": lambda: gemm(*linear_args(64, FP16, out_features=16384)),
     "M=64 fp16 d16 e8, large": lambda: gemm(*linear_args(64, FP16, 16, out_features=16384)),
@@ -71,6 +85,9 @@ CASES = {
     "M=16 fp32 d4 e8": lambda: gemm(*linear_args(16, FP32, 4)),
     "fp16 K=28672": lambda: reorder(torch.empty(9, 28672, dtype=FP16), torch.empty(28672, dtype=torch.int16)),
     "fp32 K=576": lambda: reorder(torch.empty(9, 576), torch.empty(576, dtype=torch.int16)),
+    "M=1 fp16 head": lambda: rows_gemm(*head_args(1, FP16)),
+    "M=64 bf16 head": lambda: rows_gemm(*head_args(64, BF16)),
+    "M=3 fp32 head": lambda: rows_gemm(*head_args(3, FP32)),
     "fp16 d8 e8": lambda: dequantize_weight(*layer(), FP16, permuted=True),
     "bf16 d16 e12": lambda: dequantize_weight(*layer(16, 12), BF16, permuted=True),
     "fp32 d4 e10, original order": lambda: dequantize_weight(*layer(4, 10), FP32, permuted=False),
