@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from random_models import quantized_model
+from transformers import CompileConfig
 
 from crvq_hf import decode
 from crvq_hf.generation import loop
@@ -179,6 +180,15 @@ def test_a_session_does_not_keep_the_model(make_model):
     del model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize(("mode", "ours"), [("reduce-overhead", "default"), ("max-autotune-no-cudagraphs", None)])
+def test_a_compiler_makes_no_graphs_of_its_own(mode, ours, counting, monkeypatch):
+    asked = []
+    monkeypatch.setattr(counting, "get_compiled_call", lambda config: asked.append(config) or "compiled")
+    assert loop._forward(counting, None) is counting and asked == []
+    assert loop._forward(counting, CompileConfig(mode=mode, dynamic=False)) == "compiled"
+    assert asked[0].mode == (ours or mode) and asked[0].dynamic is False
 
 
 def test_an_error_leaves_the_loop_usable(counting):
