@@ -99,6 +99,13 @@ class Elsewhere(TorchDispatchMode):
         return result
 
 
+def test_a_graph_is_told_where_other_prompts_begin(make_model):
+    model = make_model("llama")
+    for padding in (11, 1):
+        assert same(model, prompts(padding), **GREEDY | {"repetition_penalty": 9.0})
+        assert loop.uses_graph(model)
+
+
 def test_a_graph_holds_crvq_layers(monkeypatch):
     monkeypatch.setattr(CRVQLinear, "_cpu_layer", lambda self: None)  # it is called past PyTorch's dispatcher
     model = quantized_model("llama")
