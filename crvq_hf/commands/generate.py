@@ -1,6 +1,9 @@
 """`crvq generate`: lets a model write."""
 
 import argparse
+import math
+
+import torch
 
 from ..checkpoint.sources import load
 from ..generation.default import generate
@@ -16,12 +19,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="a message to a chat model, the start of a text for others")
     parser.add_argument("--raw", action="store_true", help="take the prompt as the start of a text in any case")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    text = "draw tokens, the likelier the more often; the higher X, the more freely (default: 0, the likeliest token)"
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help=text)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the continuation of a prompt, greedy."""
+    """Prints the continuation of a prompt."""
     if args.max_new_tokens < 1:
         raise ValueError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    if not 0 <= args.temperature < math.inf:
+        raise ValueError(f"temperature must be a number from 0 on, got {args.temperature}.")
     model, tokenizer = load(args.model, args.device, args.dtype, options=loading_options(args))
     if tokenizer.chat_template and not args.raw:
         messages = [{"role": "user", "content": args.prompt}]
@@ -33,5 +41,7 @@ def run(args: argparse.Namespace) -> None:
     if tokens["input_ids"].numel() == 0:
         raise ValueError("The prompt is empty; give some text.")
     check_tokens(model, tokens["input_ids"])
-    written = generate(model, **tokens.to(model.device), max_new_tokens=args.max_new_tokens, do_sample=False)
+    torch.manual_seed(args.seed)
+    how = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    written = generate(model, **tokens.to(model.device), max_new_tokens=args.max_new_tokens, **how)
     print(tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))

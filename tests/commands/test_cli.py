@@ -194,6 +194,16 @@ def test_a_model_without_a_tokenizer(command, quantized, tmp_path, capsys):
     assert "has no tokenizer that transformers can load; put that of" in capsys.readouterr().err
 
 
+def test_generate_draws_what_the_seed_says(quantized, capsys):
+    texts = []
+    for options in ([], ["--temperature", "2"], ["--temperature", "2"], ["--temperature", "2", "--seed", "1"]):
+        assert main(["generate", str(quantized), "--prompt", "the quick", "--max-new-tokens", "9", *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[1] == texts[2] and len({texts[0], texts[1], texts[3]}) == 3
+    assert main(["generate", str(quantized), "--prompt", "the", "--temperature", "-1"]) == 2
+    assert "temperature must be a number from 0 on, got -1.0." in capsys.readouterr().err
+
+
 def test_generate_uses_the_chat_template(finished, capsys):
     (finished / "chat_template.jinja").write_text("{% for m in messages %}the {{ m.content }} dog{% endfor %}")
     assert main(["generate", str(finished), "--prompt", "lazy", "--max-new-tokens", "5"]) == 0
