@@ -72,7 +72,7 @@ def check_tiny(device: str) -> None:
         tokens = prompt_of(model, 3)
         mask = torch.ones_like(tokens)
         mask[0, :7] = mask[1, :1] = 0
-        options = {"attention_mask": mask, "max_new_tokens": 60, "do_sample": False}
+        options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
         free = model.generate(tokens, **options)
         for ends in ([model.config.vocab_size], free[:2, PROMPT + 20].tolist()):
             expected = model.generate(tokens, eos_token_id=ends, **options)
