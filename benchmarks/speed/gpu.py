@@ -155,7 +155,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = command_line(__name__)
     parser.add_argument("--stage", choices=(*STAGES, DECODE), help="only this one; `decode` runs only so")
     parser.add_argument(
-        "--minutes", type=float, default=2.0, help="of `decode`: what it has not begun by then is left out"
+        "--minutes", type=float, default=2.0, help="of `decode` and `model`: what it has not begun by then is left out"
     )
     parser.add_argument("--quick", action="store_true", help="few shapes, numbers of tokens and repetitions")
     text = "only these, e.g. 4096x11008 for 4096 output and 11008 input features"
@@ -202,5 +202,5 @@ def main(arguments: list[str]) -> int | None:
     if "model" in stages:
         from .gpu_model import time_models
 
-        for row in time_models(False, plan.new_tokens, stamp, device):  # what is measured is kept
+        for row in time_models(False, plan.new_tokens, stamp, device, args.minutes):  # what is measured is kept
             append(args.output / "gpu_generation.csv", [row])

@@ -11,23 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from crvq_kernels import pack_codes
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig
 
-from crvq_hf import CRVQConfig
 from crvq_hf.generation.loop import decode, release, uses_graph
 from crvq_hf.modeling.linear import CRVQLinear
-from crvq_hf.quantized_weight import LayerShape, QuantizedWeight, encode_codebooks, order_dtype
+from crvq_hf.quantized_weight import QuantizedWeight
 
 from ..common.rows import versions
+from .layers import DEFAULT, PAPER, Form, random_layer
 
 PROMPT = 16
-# Fields of a format, None for a dense model: what is quantized today, the paper's, dense.
-WAYS = {
-    "crvq": {},
-    "dense": None,
-    "crvq of the paper": {"codebook_bits": 16, "num_extended_codebooks": 3, "critical_ratio": 0.02},
-}
+# Format of the layers, None for a dense model.
+WAYS = {"crvq": DEFAULT, "dense": None, "crvq of the paper": PAPER}
 COMPILED = {"compile_config": CompileConfig(mode="default", dynamic=False)}
 # Arguments of `generate`, and the seconds that it takes at most to find out, by a guess.
 LOOPS = {
@@ -48,33 +43,13 @@ def random_model(tiny: bool, device: str, dtype: torch.dtype = torch.float16) ->
     return model
 
 
-def random_weight(shape: LayerShape, device: torch.device) -> QuantizedWeight:
-    """Returns random contents of a layer; its outputs are about as large as its inputs."""
-    rows = shape.out_features
-    codes = torch.randint(0, shape.codebook_size, (rows, shape.num_virtual_groups), dtype=torch.int16, device=device)
-    codebooks = torch.randn(shape.num_codebooks, shape.codebook_size, shape.in_group_size, device=device)
-    return QuantizedWeight(
-        codes=pack_codes(codes, shape.nbits),
-        codebooks=encode_codebooks(codebooks.clamp(-3, 3)) if shape.codebook_bits == 8 else codebooks.half(),
-        scales=(torch.rand(rows, device=device) + 0.5).div(shape.in_features**0.5).half(),
-        channel_order=torch.randperm(shape.in_features, device=device).to(order_dtype(shape.in_features)),
-        nbits=shape.nbits,
-        num_critical_groups=shape.num_critical_groups,
-    )
-
-
-def quantize_randomly_(model: torch.nn.Module, fields: dict) -> None:
-    """Replaces the linear layers of the decoder blocks by CRVQ layers of random codes.
-
-    Args:
-        model: a Llama.
-        fields: of `CRVQConfig`, for the format.
-    """
-    config = CRVQConfig(dataset=None, **fields)
+def quantize_randomly_(model: torch.nn.Module, form: Form) -> None:
+    """Replaces the linear layers of the decoder blocks by CRVQ layers of random codes."""
     blocks = model.model.layers
     for name, module in list(blocks.named_modules()):
         if type(module) is torch.nn.Linear:
-            weight = random_weight(config.layer_shape(module.in_features, module.out_features), module.weight.device)
+            layer = random_layer(tuple(module.weight.shape), module.weight.device, form=form)
+            weight = QuantizedWeight(*layer.stored, *layer.constants)
             blocks.set_submodule(name, CRVQLinear.from_quantized(weight, None).tile_())
 
 
@@ -91,13 +66,13 @@ def check_tiny(device: str) -> None:
         SystemExit: the tokens differ, or on a GPU no graph was used.
     """
     for way in ("crvq", "dense"):
-        model, fields = random_model(True, device, torch.float32), WAYS[way]
-        if fields is not None:
-            quantize_randomly_(model, fields)
+        model, form = random_model(True, device, torch.float32), WAYS[way]
+        if form is not None:
+            quantize_randomly_(model, form)
         tokens = prompt_of(model, 3)
         mask = torch.ones_like(tokens)
         mask[0, :7] = mask[1, :1] = 0
-        options = {"attention_mask": mask, "max_new_tokens": 60, "do_sample": False}
+        options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
         free = model.generate(tokens, **options)
         for ends in ([model.config.vocab_size], free[:2, PROMPT + 20].tolist()):
             expected = model.generate(tokens, eos_token_id=ends, **options)
@@ -185,7 +160,7 @@ def synchronize(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def time_models(tiny: bool, new_tokens: int, stamp: dict, device: str, minutes: float = 2.5) -> Iterator[dict]:
+def time_models(tiny: bool, new_tokens: int, stamp: dict, device: str, minutes: float = 2.0) -> Iterator[dict]:
     """Times every model in every loop; yields rows, which begin with `stamp`, as they are found.
 
     Args:
@@ -202,14 +177,14 @@ def time_models(tiny: bool, new_tokens: int, stamp: dict, device: str, minutes: 
     check_tiny(device)
     models, linears, shares = {}, {}, {}
     for loop, (options, needed) in LOOPS.items():
-        for way, fields in WAYS.items():
+        for way, form in WAYS.items():
             if time.perf_counter() - start + needed > 60 * minutes:
                 print(f"{way}, {loop}: left out, the time is over", flush=True)
                 continue
             if way not in models:
                 model = models[way] = random_model(tiny, device)
-                if fields is not None:
-                    quantize_randomly_(model, fields)
+                if form is not None:
+                    quantize_randomly_(model, form)
                 layers = [layer for layer in model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
                 linears[way] = seconds_of(layers, model.dtype), seconds_of([model.lm_head], model.dtype)
                 shares[way] = same_tokens(model, min(new_tokens, 64))

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
-from .cache import static_cache
+from .cache import GraphCache
 from .sampling import KNOWN
 
 # What `generate` hands to every forward of a plain language model.
@@ -58,7 +58,7 @@ def unfit_model(model: PreTrainedModel) -> str | None:
     if len(devices) > 1:
         return f"the model is spread over {', '.join(sorted(map(str, devices)))}"
     try:
-        static_cache(text, 1)
+        GraphCache(text, 1)
     except ValueError as error:
         return str(error)
     return None

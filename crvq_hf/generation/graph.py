@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 logger = logging.getLogger("crvq")
+_said: set[str] = set()
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -51,7 +52,7 @@ class Repeated:
             self._try(step, list(state), list(parts))
         except GraphError as error:
             self._runs = -1
-            logger.info("Tokens are written without a CUDA graph: %s.", error)
+            say_once(f"Tokens are written without a CUDA graph: {error}.")
 
     def _try(self, step: Callable[[], None], state: list[Tensor], parts: list[Any]) -> None:
         """Does what is next on the way to a graph, and a step."""
@@ -74,6 +75,13 @@ class Repeated:
                 raise GraphError(f"capturing a step failed ({_first_line(error)})") from error
             self._replay = replay
             replay()
+
+
+def say_once(message: str) -> None:
+    """Logs what a user may want to know, at level info, once for each process."""
+    if message not in _said:
+        _said.add(message)
+        logger.info(message)
 
 
 def can_capture(device: torch.device) -> bool:

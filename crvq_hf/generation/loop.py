@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,24 +19,23 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
-    StaticCache,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from . import graph
-from .cache import lengths, static_cache
+from .cache import GraphCache
 from .fitness import unfit
 from .graph import Repeated, python_state
 from .sampling import next_tokens, settings, take_over_
 
-logger = logging.getLogger("crvq")
 SHORTEST_CACHE = 256
+# A cache is used that is up to so many times as long as need be; attention goes through all of it.
+MUCH_LONGER = 4
 # How many tokens are written before the host looks whether all sequences have ended; to look is to wait.
 LOOK_EVERY = {"cuda": 8}
 
-_said: set[str] = set()
 _lock = threading.Lock()  # the tensors of a model's session are there once
 
 
@@ -80,7 +78,7 @@ def decode(
     request = (model, input_ids, logits_processor, stopping_criteria, generation_config)
     reason = "processes wait for each other" if synced_gpus else unfit(*request, model_kwargs)
     if reason is not None:
-        _say(f"transformers' own loop writes the tokens: {reason}.")
+        graph.say_once(f"transformers' own loop writes the tokens: {reason}.")
         return _transformers_loop(*request, synced_gpus, streamer, inputs_tensor, model_kwargs)
     on_device = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
     with _lock, on_device, model._optimize_model_for_decode():
@@ -98,12 +96,6 @@ def uses_graph(model: PreTrainedModel) -> bool:
     """Returns whether steps with a model now come out of a CUDA graph."""
     session = _sessions.get(model)
     return session is not None and session.repeated.has_graph
-
-
-def _say(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.info(message)
 
 
 def _transformers_loop(
@@ -153,7 +145,7 @@ def _session(
     choice = (generation_config.do_sample, tuple(ends), None if padding is None else int(padding))
     compiling = generation_config.compile_config if device.type == "cuda" else None
     key = (
-        (batch, length, device, model.dtype, repr(compiling), choice, settings(logits_processor)),
+        (batch, device, model.dtype, repr(compiling), choice, settings(logits_processor)),
         (model.config._attn_implementation, getattr(model.config, "_experts_implementation", None)),
         (
             model_kwargs.get("logits_to_keep"),
@@ -163,13 +155,13 @@ def _session(
         python_state([model]) if graph.can_capture(device) else None,
     )
     session = _sessions.get(model)
-    if session is None or session.key != key:
+    if session is None or session.key != key or not length <= session.length <= MUCH_LONGER * length:
         _sessions.pop(model, None)
         del session  # two caches are never there at once
         shape = {"dtype": torch.int64, "device": device}
         session = _sessions[model] = Session(
             key=key,
-            cache=static_cache(model.config.get_text_config(decoder=True), length),
+            cache=GraphCache(model.config.get_text_config(decoder=True), length, device),
             processors=logits_processor,
             do_sample=generation_config.do_sample,
             ends=torch.tensor(ends, **shape) if ends else None,
@@ -212,7 +204,7 @@ class Session:
     """
 
     key: tuple[Any, ...]
-    cache: StaticCache
+    cache: GraphCache
     processors: LogitsProcessorList
     do_sample: bool
     ends: Tensor | None
@@ -228,6 +220,11 @@ class Session:
     finished: Tensor
     repeated: Repeated = field(default_factory=Repeated)
 
+    @property
+    def length(self) -> int:
+        """How many tokens the cache has room for."""
+        return self.tokens.shape[1]
+
     def write(
         self,
         model: PreTrainedModel,
@@ -242,15 +239,7 @@ class Session:
         every = LOOK_EVERY.get(model.device.type, 1)
         self._read(model, input_ids, model_kwargs)
         step = partial(self._step, model, _forward(model, self.compiling))
-        state = [
-            self.token,
-            self.position,
-            self.column,
-            self.written,
-            self.finished,
-            self.tokens,
-            *lengths(self.cache),
-        ]
+        state = [self.token, self.position, self.column, self.written, self.finished, self.tokens, self.cache.seen]
         parts = [model, *self.cache.layers]
         shown = 0
         for done in count(1):
@@ -286,7 +275,9 @@ class Session:
         self.finished.zero_()
         arguments = model_kwargs | {"past_key_values": self.cache}
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **arguments)
-        self._choose(model(**inputs, return_dict=True).logits)
+        logits = model(**inputs, return_dict=True).logits
+        self.cache.advance(prompt)
+        self._choose(logits)
 
     def _step(self, model: PreTrainedModel, forward: Callable[..., Any]) -> None:
         """Reads the token written last and writes the next."""
@@ -299,7 +290,9 @@ class Session:
             position_ids=self.position,
             **self.extra,
         )
-        self._choose(forward(**inputs, return_dict=True).logits)
+        logits = forward(**_with_added_masks(inputs, self.cache), return_dict=True).logits
+        self.cache.advance(1)
+        self._choose(logits)
 
     def _choose(self, logits: Tensor) -> None:
         """Writes the token that `logits` `[B, any, vocabulary]` say; in ended sequences padding."""
@@ -322,3 +315,17 @@ def _forward(model: PreTrainedModel, compiling: CompileConfig | None) -> Callabl
         return model
     without = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
     return model.get_compiled_call(replace(compiling, mode=without.get(compiling.mode, compiling.mode)))
+
+
+def _with_added_masks(inputs: dict[str, Any], cache: GraphCache) -> dict[str, Any]:
+    """Returns arguments of a forward, masks as what is added to scores: each layer makes that of booleans anew."""
+    dtype = cache.layers[0].keys.dtype
+
+    def added(mask: Any) -> Any:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+    masks = inputs["attention_mask"]
+    by_layer = {name: added(mask) for name, mask in masks.items()} if isinstance(masks, dict) else added(masks)
+    return inputs | {"attention_mask": by_layer}

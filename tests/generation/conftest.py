@@ -7,6 +7,11 @@ import torch
 from crvq_hf.generation import graph
 
 
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(graph, "_said", set())
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """Has steps captured and replayed on a CPU as on a GPU."""

@@ -36,7 +36,7 @@ def test_the_default_is_used(patched, streaming, counting, on_cpu):
     heard = []
     for ours in (False, True):
         streamer = Listener() if streaming else None
-        options = GREEDY | {"max_new_tokens": 3, "streamer": streamer}
+        options = GREEDY | {"max_new_tokens": 3, "streamer": streamer, "tokenizer": tiny_tokenizer()}
         if not ours:
             found = counting.generate(TOKENS, **options)
         elif patched:

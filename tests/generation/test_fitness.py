@@ -6,7 +6,7 @@ from random_models import tiny_config
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, StaticCache, T5Config
 
 from crvq_hf import decode
-from crvq_hf.generation import loop
+from crvq_hf.generation import graph, loop
 from crvq_hf.generation.fitness import unfit_model
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
@@ -89,7 +89,7 @@ def given_embeddings(model):
 @pytest.mark.parametrize(("make", "reason"), [(given_cache, "past_key_values"), (given_embeddings, "inputs_embeds")])
 def test_calls(make, reason, monkeypatch):
     model, said = llama(), []
-    monkeypatch.setattr(loop, "_say", said.append)
+    monkeypatch.setattr(graph, "say_once", said.append)
     tokens = torch.randint(3, 60, (2, 6))
     torch.manual_seed(0)
     expected = model.generate(tokens, **OPTIONS, **make(model))

@@ -8,7 +8,6 @@ import torch
 from random_models import quantized_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import StaticCache
 
 from crvq_hf import decode
 from crvq_hf.generation import graph, loop
@@ -72,11 +71,10 @@ def test_a_step_stays_on_its_device(architecture, make_model):
     if architecture == "qwen3_moe":
         model.set_experts_implementation("batched_mm")  # as transformers does on a GPU
     model.to("meta")
-    for holder in (session, *session.cache.layers):
+    for holder in (session, session.cache, *session.cache.layers):
         for name, value in vars(holder).items():
             if isinstance(value, torch.Tensor):
                 setattr(holder, name, value.to("meta"))
-        vars(holder).update(device="meta")  # of layers
     with Elsewhere() as elsewhere, torch.no_grad():
         session._step(model, model)
     assert elsewhere.mixed == [] and elsewhere.calls > 100
@@ -101,6 +99,13 @@ class Elsewhere(TorchDispatchMode):
         return result
 
 
+def test_a_graph_is_told_where_other_prompts_begin(make_model):
+    model = make_model("llama")
+    for padding in (11, 1):
+        assert same(model, prompts(padding), **GREEDY | {"repetition_penalty": 9.0})
+        assert loop.uses_graph(model)
+
+
 def test_a_graph_holds_crvq_layers(monkeypatch):
     monkeypatch.setattr(CRVQLinear, "_cpu_layer", lambda self: None)  # it is called past PyTorch's dispatcher
     model = quantized_model("llama")
@@ -120,9 +125,17 @@ def test_a_model_that_waits_has_no_graph(caplog):
     without(quantized_model("qwen3_moe"), caplog, "would wait")  # goes through the experts that were chosen
 
 
-def test_a_count_in_python_is_seen(make_model, monkeypatch, caplog):
-    monkeypatch.setattr(loop, "static_cache", lambda config, length: StaticCache(config, length))
-    without(make_model("mistral", sliding_window=8), caplog, "counts tokens in Python")
+def test_a_count_in_python_is_seen(make_model, caplog):
+    model = make_model("llama")
+    norm = model.model.norm
+    norm.calls, forward = 0, norm.forward
+
+    def counting(hidden_states):
+        norm.calls += 1
+        return forward(hidden_states) * (1 + norm.calls % 2)
+
+    norm.forward = counting
+    without(model, caplog, "counts tokens in Python")
 
 
 def test_hooks_are_not_left_out(make_model, caplog):
@@ -169,6 +182,29 @@ def test_weights_changed_in_place_are_read_anew(make_model):
     model.lm_head.weight.data.copy_(model.lm_head.weight.roll(1, 0))
     session = loop._sessions[model]
     assert same(model, inputs, **GREEDY) and loop._sessions[model] is session
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_the_switch_for_waiting_is_put_back(waits, monkeypatch):
+    """The real `watch`, without its device."""
+    monkeypatch.undo()
+    modes, total, runs = [1], torch.zeros(1), []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(graph, "_aside", lambda step: step())
+
+    def step():
+        total.add_(1)
+        runs.append(modes[-1])
+        if waits and modes[-1] == "error":
+            raise RuntimeError("called a synchronizing operation\nsomewhere")
+
+    if waits:
+        with pytest.raises(graph.GraphError, match=r"waits for the device \(called a synchronizing operation\)$"):
+            graph.watch(step, [total])
+    else:
+        graph.watch(step, [total])
+    assert total.item() == 1 and modes[-1] == 1 and runs == ["error", 1][: 1 + waits]
 
 
 def test_the_double_freezes_what_python_computed():

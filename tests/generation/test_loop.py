@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from random_models import quantized_model
+from transformers import CompileConfig
 
 from crvq_hf import decode
 from crvq_hf.generation import loop
@@ -39,7 +40,6 @@ class Listener:
 @pytest.fixture(autouse=True)
 def look(monkeypatch):
     """Returns a function that sets how often it is looked whether all sequences have ended."""
-    monkeypatch.setattr(loop, "_said", set())
     return lambda every: monkeypatch.setitem(loop.LOOK_EVERY, "cpu", every)
 
 
@@ -150,7 +150,7 @@ def test_a_mode_that_is_not_there_is_refused(counting):
         counting.generate(torch.tensor([[7]]), penalty_alpha=0.5, top_k=4, custom_generate=decode, max_new_tokens=2)
 
 
-def test_a_session_is_kept_for_calls_like_it(counting):
+def test_a_session_is_kept_for_calls_like_it(counting, monkeypatch):
     def session(batch: int, new: int, **options) -> loop.Session:
         tokens = torch.tensor([[7, 8]] * batch)
         expected, found = both(counting, input_ids=tokens, max_new_tokens=new, **GREEDY | options)
@@ -164,6 +164,11 @@ def test_a_session_is_kept_for_calls_like_it(counting):
     drawing = session(1, 5, do_sample=True, temperature=0.5)
     assert session(1, 5, do_sample=True, temperature=0.5) is drawing
     assert session(1, 5, do_sample=True, temperature=0.6) is not drawing
+    monkeypatch.setattr(loop, "SHORTEST_CACHE", 4)
+    longer = session(1, 60)
+    assert session(1, 14) is longer and longer.length == 64, "four times as long as it need be"
+    assert session(1, 6).length == 8
+    assert session(1, 7).length == 16
     loop.release(counting)
     assert counting not in loop._sessions
 
@@ -175,6 +180,15 @@ def test_a_session_does_not_keep_the_model(make_model):
     del model
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize(("mode", "ours"), [("reduce-overhead", "default"), ("max-autotune-no-cudagraphs", None)])
+def test_a_compiler_makes_no_graphs_of_its_own(mode, ours, counting, monkeypatch):
+    asked = []
+    monkeypatch.setattr(counting, "get_compiled_call", lambda config: asked.append(config) or "compiled")
+    assert loop._forward(counting, None) is counting and asked == []
+    assert loop._forward(counting, CompileConfig(mode=mode, dynamic=False)) == "compiled"
+    assert asked[0].mode == (ours or mode) and asked[0].dynamic is False
 
 
 def test_an_error_leaves_the_loop_usable(counting):
