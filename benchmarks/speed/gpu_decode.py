@@ -56,9 +56,14 @@ def run(blocks: MmaGatherBlocks | None) -> Callable[[Tensor, Layer], Tensor]:
 
 
 def name_of(blocks: MmaGatherBlocks) -> str:
-    """Returns for example "32x16x8 fused": rows, warps, steps ahead."""
+    """Returns for example "32x16x9x1 fused": rows, warps, steps ahead, programs."""
     kind = ("fused" if blocks.fused else "staged") + (" dependent" if blocks.dependent else "")
-    return f"{'x'.join(map(str, astuple(blocks)[:3]))} {kind}"
+    return f"{'x'.join(map(str, astuple(blocks)[:4]))} {kind}"
+
+
+def chained(blocks: MmaGatherBlocks) -> MmaGatherBlocks:
+    """Returns the blocks with programmatic dependent launch."""
+    return replace(blocks, dependent=True)
 
 
 def compile_all(jobs: int) -> None:
@@ -68,7 +73,8 @@ def compile_all(jobs: int) -> None:
         module.macros(blocks, tokens, form.num_extended + 1, 4, torch.float16)
         for form in FORMS.values()
         for tokens in TOKENS
-        for blocks in mma_gather_blocks(tokens)
+        for some in mma_gather_blocks(tokens)
+        for blocks in ((some, chained(some)) if major >= 9 else (some,))
     }
     source, start = module.SOURCE.read_text(encoding="utf-8"), time.perf_counter()
     with ThreadPoolExecutor(jobs) as pool:
@@ -139,9 +145,8 @@ def time_shape(shape: tuple[int, int], form_name: str, stamp: dict, deadline: fl
         ways = {("gemm", ""): kernels.run_gemm} | ({("gemv", ""): kernels.run_gemv} if tokens <= 2 else {})
         for blocks in mma_gather_blocks(tokens):
             ways["mma_gather", name_of(blocks)] = run(blocks)
-            if blocks == mma_gather_blocks(tokens)[0]:
-                chained = replace(blocks, dependent=True)
-                ways["mma_gather", name_of(chained)] = run(chained)
+            if blocks == mma_gather_blocks(tokens)[0] and torch.cuda.get_device_capability() >= (9, 0):
+                ways["mma_gather", name_of(chained(blocks))] = run(chained(blocks))
         for name, way in ways.items():
             try:
                 graphs[name] = kernels.capture(kernels.Way(way), x, layers)

@@ -151,7 +151,7 @@ def mma_gather(
         arguments.digits, arguments.units = split_x.data_ptr(), split_x.data_ptr() + steps * columns * 32
         grid = (-(-steps * 4 // threads), num_tokens)
         split.launch(grid, threads, 4 * blocks.warps, arguments, stream, blocks.dependent)
-    programs = gather.programs(threads, shared_bytes) * _num_processors(x.device)
+    programs = min(gather.programs(threads, shared_bytes), blocks.programs) * _num_processors(x.device)
     grid = (min(-(-out_features // blocks.rows), programs), 1)
     gather.launch(grid, threads, shared_bytes, arguments, stream, blocks.dependent)
     return y
@@ -181,6 +181,8 @@ def macros(
         ("ORDER_BYTES", order_bytes),
         ("BFLOAT16", int(dtype == torch.bfloat16)),
         ("FUSED", int(blocks.fused)),
+        ("PROGRAMS", blocks.programs),
+        ("DEPENDENT", int(blocks.dependent)),
     )
 
 

@@ -15,7 +15,7 @@
 #define __device__ static
 #define __forceinline__ inline
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define SHARED_MEMORY(name) unsigned char *const name = emulator::shared
 #define threadIdx emulator::thread_index
 #define blockIdx emulator::block_index
