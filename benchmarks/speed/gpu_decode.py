@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from .layers import DEFAULT, PAPER_INT8, Form, Layer
 
 TOKENS = (1, 2, 4, 8, 16)
 CHECKED_TOKENS = (1, 2, 3, 5, 8, 9, 16)
+CHECKED_DTYPES = (torch.float16, torch.bfloat16)
 # Output and input features, form: no even sizes, and one layer as large as those of a model.
 CHECKED = (
     ((100, 72), DEFAULT),
@@ -61,31 +63,37 @@ def name_of(blocks: MmaGatherBlocks) -> str:
     return f"{'x'.join(map(str, astuple(blocks)[:4]))} {kind}"
 
 
-def chained(blocks: MmaGatherBlocks) -> MmaGatherBlocks:
-    """Returns the blocks with programmatic dependent launch."""
-    return replace(blocks, dependent=True)
+def candidates(tokens: int) -> list[MmaGatherBlocks]:
+    """Returns all blocks to time, the first also with programmatic dependent launch where there is that."""
+    blocks = list(mma_gather_blocks(tokens))
+    return blocks + [replace(blocks[0], dependent=True)] * (torch.cuda.get_device_capability() >= (9, 0))
 
 
 def compile_all(jobs: int) -> None:
     """Compiles at once what is measured, into the cache on the disk."""
-    major, minor = torch.cuda.get_device_capability()
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
     wanted = {
         module.macros(blocks, tokens, form.num_extended + 1, 4, torch.float16)
         for form in FORMS.values()
         for tokens in TOKENS
-        for some in mma_gather_blocks(tokens)
-        for blocks in ((some, chained(some)) if major >= 9 else (some,))
+        for blocks in candidates(tokens)
+    }
+    wanted |= {
+        module.macros(mma_gather_blocks(tokens)[0], tokens, form.num_extended + 1, 1 if shape[1] <= 256 else 4, dtype)
+        for shape, form in CHECKED
+        for dtype in CHECKED_DTYPES
+        for tokens in CHECKED_TOKENS
     }
     source, start = module.SOURCE.read_text(encoding="utf-8"), time.perf_counter()
     with ThreadPoolExecutor(jobs) as pool:
-        sizes = list(pool.map(lambda macros: len(nvrtc.cubin(source, macros, f"sm_{major}{minor}")), wanted))
+        sizes = list(pool.map(lambda macros: len(nvrtc.cubin(source, macros, architecture)), wanted))
     print(f"{len(sizes)} variants compiled in {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def check(deadline: float) -> list[str]:
     """Compares every choice of blocks with the reference and with each other; returns what is wrong."""
     found = []
-    for (shape, form), dtype in ((case, dtype) for case in CHECKED for dtype in (torch.float16, torch.bfloat16)):
+    for (shape, form), dtype in product(CHECKED, CHECKED_DTYPES):
         if time.perf_counter() > deadline:
             return [*found, "there was no time to check everything"]
         layer = as_in_a_model(kernels.random_layer(shape, "cuda", form=form))
@@ -143,10 +151,7 @@ def time_shape(shape: tuple[int, int], form_name: str, stamp: dict, deadline: fl
         x = torch.randn(tokens, shape[1], device="cuda").to(dtype)
         graphs = {kernels.DENSE: kernels.capture(kernels.Way(F.linear), x, dense_layers)}
         ways = {("gemm", ""): kernels.run_gemm} | ({("gemv", ""): kernels.run_gemv} if tokens <= 2 else {})
-        for blocks in mma_gather_blocks(tokens):
-            ways["mma_gather", name_of(blocks)] = run(blocks)
-            if blocks == mma_gather_blocks(tokens)[0] and torch.cuda.get_device_capability() >= (9, 0):
-                ways["mma_gather", name_of(chained(blocks))] = run(chained(blocks))
+        ways |= {("mma_gather", name_of(blocks)): run(blocks) for blocks in candidates(tokens)}
         for name, way in ways.items():
             try:
                 graphs[name] = kernels.capture(kernels.Way(way), x, layers)

@@ -163,7 +163,7 @@ _MMA_GATHER_MAX_TOKENS = 0
 # shared memory; a benchmark times all.
 _MMA_GATHER_BLOCKS = {
     2: (
-        *((32, 16, 9, 1, True), (32, 16, 9, 2, True), (32, 16, 5, 2, True), (32, 8, 9, 2, True), (16, 16, 9, 2, True)),
+        *((32, 16, 9, 1, True), (32, 16, 5, 2, True), (32, 8, 9, 2, True), (16, 16, 5, 2, True)),
         *((16, 8, 9, 2, True), (64, 16, 5, 1, True), (64, 8, 5, 2, True), (128, 8, 3, 1, True)),
         *((32, 16, 9, 1, False), (32, 16, 5, 2, False)),
     ),
