@@ -24,11 +24,12 @@ from torch import Tensor
 from ..common.rows import aligned, append
 from ..common.timing import relative_error
 from . import gpu_kernels as kernels
-from .layers import DEFAULT, PAPER_INT8, Form, Layer
+from .layers import DEFAULT, PAPER, Form, Layer
 
 TOKENS = (1, 2, 4, 8, 16)
 CHECKED_TOKENS = (1, 2, 3, 5, 8, 9, 16)
 CHECKED_DTYPES = (torch.float16, torch.bfloat16)
+PAPER_INT8 = replace(PAPER, codebook_bits=8)  # it reads no others
 # Output and input features, form: no even sizes, and one layer as large as those of a model.
 CHECKED = (
     ((100, 72), DEFAULT),

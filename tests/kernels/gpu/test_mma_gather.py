@@ -42,9 +42,9 @@ def emulator(monkeypatch):
 @pytest.fixture
 def int8_layer(make_layer):
     def make(*args, order_dtype=torch.int32, **kwargs):
-        layer = make_layer(*args, **kwargs)
+        layer = make_layer(*args, dtype=torch.int8, **kwargs)
         codes, codebooks, scales, order = layer.tensors
-        codebooks = torch.randint(-128, 128, codebooks.shape, dtype=torch.int8)
+        codebooks[0, :2] = torch.tensor([[-128], [127]])
         layer.tensors = (codes, codebooks, scales, order.to(order_dtype))
         return layer
 
