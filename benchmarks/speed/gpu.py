@@ -1,6 +1,7 @@
 """Correctness and speed of the Triton kernels on a GPU; appends to results/gpu_kernels.csv, gpu_model.csv.
 
     python -m benchmarks gpu                    # correctness, then kernels, then a model
+    python -m benchmarks gpu --stage decode     # the CUDA kernel for few tokens, results/gpu_decode.csv
     python -m benchmarks gpu --stage kernels --shapes 4096x4096 --dtypes fp16
 
 Exits with 1 if a kernel is wrong; what is wrong is not timed. Where time per command is limited, run the stages, and
