@@ -4,6 +4,7 @@ Rows go to results/gpu_decode.csv after every shape. Beside the kernel run today
 all in CUDA graphs that take turns, over as many layers as do not fit the L2 cache.
 """
 
+import os
 import statistics
 import sys
 import time
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +141,25 @@ def repeat_often() -> list[str]:
     return found
 
 
+def through_the_operator() -> list[str]:
+    """Returns for which numbers of tokens `crvq::linear`, in a CUDA graph on a stream of its own, has other bits."""
+    layer, found = as_in_a_model(kernels.random_layer((4096, 4096), "cuda", form=DEFAULT)), []
+    with mock.patch.dict(os.environ, {"CRVQ_MMA_GATHER": str(max(TOKENS))}):
+        for tokens in TOKENS:
+            x = torch.randn(tokens, 4096, device="cuda", dtype=torch.float16)
+            expected, y = run(None)(x, layer), torch.empty(tokens, 4096, device="cuda", dtype=torch.float16)
+            graph = kernels.capture(
+                kernels.Way(lambda x, layer, y=y: y.copy_(kernels.run_linear(x, layer))), x, [layer]
+            )
+            x.copy_(x.flip(0).contiguous())
+            graph.replay()
+            torch.cuda.synchronize()
+            if module.failure() or not torch.equal(y, expected.flip(0)):
+                found.append(f"{tokens} tokens through crvq::linear: {module.failure() or 'other bits'}")
+    print(f"crvq::linear in a graph: {'not ' if found else ''}the same bits", flush=True)
+    return found
+
+
 def time_shape(shape: tuple[int, int], form_name: str, stamp: dict, deadline: float) -> list[dict]:
     """Times all blocks of the kernel, Triton's kernels and a dense layer; prints and returns rows."""
     layers, dtype, rows = random_layers(shape, FORMS[form_name]), torch.float16, []
@@ -196,7 +217,7 @@ def measure(shapes: tuple[tuple[int, int], ...], minutes: float, output: Path) -
     torch.manual_seed(0)
     stamp = kernels.gpu_stamp()
     compile_all(8)
-    problems = check(start + 0.4 * 60 * minutes) + repeat_often()
+    problems = check(start + 0.4 * 60 * minutes) + repeat_often() + through_the_operator()
     print("\n".join(problems) if problems else "all right", flush=True)
     time_calls()
     for form in FORMS:

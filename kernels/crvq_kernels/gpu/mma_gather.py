@@ -47,6 +47,11 @@ def give_up(error: Exception) -> None:
         logger.warning("The CUDA kernel mma_gather failed, Triton's kernels run in its place: %s", _failure)
 
 
+def failure() -> str | None:
+    """Returns why the kernel runs no more, None if it has not failed."""
+    return _failure
+
+
 def serves(
     device: torch.device,
     num_tokens: int,
