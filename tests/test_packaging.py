@@ -34,7 +34,7 @@ def declared_version() -> str:
 def test_sdist_holds_all_that_a_wheel_is_built_from(sdist):
     with tarfile.open(sdist) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    c_files = files(*FOLDERS, suffixes=(".c", ".h"))  # headers too: they are no sources of the extension
+    c_files = files(*FOLDERS, suffixes=(".c", ".h", ".cu"))  # headers too: they are no sources of the extension
     assert c_files and c_files | files(*FOLDERS, suffixes=(".py",)) | {*MODULES} | {*FILES} <= names
     assert not [name for name in names if name.startswith("tests/")]  # some of them would be of no use
 
@@ -42,7 +42,7 @@ def test_sdist_holds_all_that_a_wheel_is_built_from(sdist):
 def test_wheel_holds_all_modules_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     libraries = {name for name in names if name.endswith(".so")}
-    modules = {name.removeprefix("kernels/") for name in files(*FOLDERS, suffixes=(".py",))}
+    modules = {name.removeprefix("kernels/") for name in files(*FOLDERS, suffixes=(".py", ".cu"))}
     assert names - libraries == modules | {*MODULES}
     assert [Path(name).name for name in libraries] == ["libcrvq_cpu.so"] * bool(COMPILER)
 

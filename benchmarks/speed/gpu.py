@@ -1,6 +1,7 @@
 """Correctness and speed of the Triton kernels on a GPU; appends to results/gpu_kernels.csv, gpu_generation.csv.
 
     python -m benchmarks gpu                    # correctness, then kernels, then a model
+    python -m benchmarks gpu --stage decode     # the CUDA kernel for few tokens, results/gpu_decode.csv
     python -m benchmarks gpu --stage kernels --shapes 4096x4096 --dtypes fp16
 
 Exits with 1 if a kernel is wrong; what is wrong is not timed. Where time per command is limited, run the stages, and
@@ -14,7 +15,7 @@ import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import product, repeat
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from ..common.commands import command_line
 from ..common.rows import aligned, append
 from . import gpu_kernels as kernels
+from .layers import FORMS
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672), (576, 576), (1536, 576))
 STAGES = ("correctness", "kernels", "model")
@@ -56,14 +58,15 @@ def check(plan: Plan, dtypes: list[torch.dtype], device: str) -> list[str]:
     """Compares every kernel with the reference; returns what is wrong, and prints a line per layer."""
     torch.manual_seed(0)  # here, so that a piece has the same numbers in whichever process
     ways = kernels.OURS | ({"crvq::linear": kernels.Way(kernels.run_linear)} if device == "cuda" else {})
-    layers = [(shape, 8, 8, dtypes, plan.checked_tokens) for shape in plan.shapes]
+    layers = [(shape, 8, 8, "default", dtypes, plan.checked_tokens) for shape in plan.shapes]
+    layers += [(shape, 8, 8, "paper", dtypes, plan.format_tokens) for shape in plan.shapes]
     # All formats, of no even size; every one is compiled anew, so not with all dtypes and tokens.
-    layers += [((100, 16 * 37), *form, dtypes[:1], plan.format_tokens) for form in plan.formats]
+    layers += [((100, 16 * 37), *sizes, "paper", dtypes[:1], plan.format_tokens) for sizes in plan.formats]
     found = []
-    for shape, in_group_size, nbits, layer_dtypes, tokens in layers:
-        layer = kernels.random_layer(shape, device, in_group_size, nbits)
+    for shape, in_group_size, nbits, form, layer_dtypes, tokens in layers:
+        layer = kernels.random_layer(shape, device, in_group_size, nbits, form=FORMS[form])
         dense = layer.dense()
-        name = f"{shape[0]}x{shape[1]} d{in_group_size} e{nbits}"
+        name = f"{shape[0]}x{shape[1]} d{in_group_size} e{nbits} {form}"
         failures = []
         for dtype in layer_dtypes:
             for num_tokens in tokens:
@@ -90,13 +93,17 @@ def check_in_processes(plan: Plan, dtypes: list[torch.dtype], device: str, jobs:
         return [problem for some in found for problem in some]
 
 
-def time_kernels(plan: Plan, dtypes: list[torch.dtype], stamp: dict) -> list[dict]:
-    """Times every way at every number of tokens; prints a table per shape and dtype and returns the rows."""
+def time_kernels(plan: Plan, dtypes: list[torch.dtype], stamp: dict, form: str) -> list[dict]:
+    """Times every way at every number of tokens; prints a table per shape and dtype and returns the rows.
+
+    Args:
+        form: of the layers, a name in `FORMS`.
+    """
     from crvq_kernels.gpu.tuning import kernel_for
 
     rows = []
     for shape in plan.shapes:
-        ours = kernels.rotated_layers(shape)
+        ours = kernels.rotated_layers(shape, FORMS[form])
         for dtype in dtypes:
             count = kernels.num_layers(shape[0] * shape[1] * dtype.itemsize)
             ways = {name: (way, ours) for name, way in kernels.OURS.items()}
@@ -117,10 +124,11 @@ def time_kernels(plan: Plan, dtypes: list[torch.dtype], stamp: dict) -> list[dic
                         graphs[name] = kernels.capture(way, x, layers)
                 for name, values in kernels.time_graphs(graphs, plan.repeats).items():
                     layers = ways[name][1]
-                    table.append(kernel_row(stamp, shape, dtype, num_tokens, name, [v / len(layers) for v in values]))
+                    seconds = [value / len(layers) for value in values]
+                    table.append(kernel_row(stamp | {"form": form}, shape, dtype, num_tokens, name, seconds))
                 graphs.clear()
             chosen = {num_tokens: kernel_for(num_tokens, *shape, 256) for num_tokens in plan.timed_tokens}
-            print(f"\n{shape[0]} x {shape[1]}, {dtype}, microseconds\n{as_table(table, chosen)}", flush=True)
+            print(f"\n{shape[0]} x {shape[1]}, {form}, {dtype}, microseconds\n{as_table(table, chosen)}", flush=True)
             rows += table
     return rows
 
@@ -197,8 +205,9 @@ def main(arguments: list[str]) -> int | None:
     stamp = kernels.gpu_stamp()
     if "kernels" in stages:
         halves = [dtype for dtype in dtypes if dtype != torch.float32]
-        for shape in plan.shapes:  # what is measured is kept, should a later one fail
-            append(args.output / "gpu_kernels.csv", time_kernels(replace(plan, shapes=(shape,)), halves, stamp))
+        for form, shape in product(FORMS, plan.shapes):  # what is measured is kept, should a later one fail
+            rows = time_kernels(replace(plan, shapes=(shape,)), halves, stamp, form)
+            append(args.output / "gpu_kernels.csv", rows)
     if "model" in stages:
         from .gpu_model import time_models
 

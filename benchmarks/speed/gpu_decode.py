@@ -4,13 +4,16 @@ Rows go to results/gpu_decode.csv after every shape. Beside the kernel run today
 all in CUDA graphs that take turns, over as many layers as do not fit the L2 cache.
 """
 
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
+from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +26,12 @@ from torch import Tensor
 from ..common.rows import aligned, append
 from ..common.timing import relative_error
 from . import gpu_kernels as kernels
-from .layers import DEFAULT, PAPER_INT8, Form, Layer
+from .layers import DEFAULT, PAPER, Form, Layer
 
 TOKENS = (1, 2, 4, 8, 16)
 CHECKED_TOKENS = (1, 2, 3, 5, 8, 9, 16)
+CHECKED_DTYPES = (torch.float16, torch.bfloat16)
+PAPER_INT8 = replace(PAPER, codebook_bits=8)  # it reads no others
 # Output and input features, form: no even sizes, and one layer as large as those of a model.
 CHECKED = (
     ((100, 72), DEFAULT),
@@ -56,30 +61,42 @@ def run(blocks: MmaGatherBlocks | None) -> Callable[[Tensor, Layer], Tensor]:
 
 
 def name_of(blocks: MmaGatherBlocks) -> str:
-    """Returns for example "32x16x8 fused": rows, warps, steps ahead."""
+    """Returns for example "32x16x9x1 fused": rows, warps, steps ahead, programs."""
     kind = ("fused" if blocks.fused else "staged") + (" dependent" if blocks.dependent else "")
-    return f"{'x'.join(map(str, astuple(blocks)[:3]))} {kind}"
+    return f"{'x'.join(map(str, astuple(blocks)[:4]))} {kind}"
+
+
+def candidates(tokens: int) -> list[MmaGatherBlocks]:
+    """Returns all blocks to time, the first also with programmatic dependent launch where there is that."""
+    blocks = list(mma_gather_blocks(tokens))
+    return blocks + [replace(blocks[0], dependent=True)] * (torch.cuda.get_device_capability() >= (9, 0))
 
 
 def compile_all(jobs: int) -> None:
     """Compiles at once what is measured, into the cache on the disk."""
-    major, minor = torch.cuda.get_device_capability()
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
     wanted = {
         module.macros(blocks, tokens, form.num_extended + 1, 4, torch.float16)
         for form in FORMS.values()
         for tokens in TOKENS
-        for blocks in mma_gather_blocks(tokens)
+        for blocks in candidates(tokens)
+    }
+    wanted |= {
+        module.macros(mma_gather_blocks(tokens)[0], tokens, form.num_extended + 1, 1 if shape[1] <= 256 else 4, dtype)
+        for shape, form in CHECKED
+        for dtype in CHECKED_DTYPES
+        for tokens in CHECKED_TOKENS
     }
     source, start = module.SOURCE.read_text(encoding="utf-8"), time.perf_counter()
     with ThreadPoolExecutor(jobs) as pool:
-        sizes = list(pool.map(lambda macros: len(nvrtc.cubin(source, macros, f"sm_{major}{minor}")), wanted))
+        sizes = list(pool.map(lambda macros: len(nvrtc.cubin(source, macros, architecture)), wanted))
     print(f"{len(sizes)} variants compiled in {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def check(deadline: float) -> list[str]:
     """Compares every choice of blocks with the reference and with each other; returns what is wrong."""
     found = []
-    for (shape, form), dtype in ((case, dtype) for case in CHECKED for dtype in (torch.float16, torch.bfloat16)):
+    for (shape, form), dtype in product(CHECKED, CHECKED_DTYPES):
         if time.perf_counter() > deadline:
             return [*found, "there was no time to check everything"]
         layer = as_in_a_model(kernels.random_layer(shape, "cuda", form=form))
@@ -124,6 +141,26 @@ def repeat_often() -> list[str]:
     return found
 
 
+def through_the_operator() -> list[str]:
+    """Returns for which numbers of tokens `crvq::linear`, in a CUDA graph on a stream of its own, has other bits."""
+    layer, found = as_in_a_model(kernels.random_layer((4096, 4096), "cuda", form=DEFAULT)), []
+    with mock.patch.dict(os.environ, {"CRVQ_MMA_GATHER": str(max(TOKENS))}):
+        for tokens in TOKENS:
+            x = torch.randn(tokens, 4096, device="cuda", dtype=torch.float16)
+            expected = run(None)(x, layer)
+            y = torch.empty_like(expected)
+            graph = kernels.capture(
+                kernels.Way(lambda x, layer, y=y: y.copy_(kernels.run_linear(x, layer))), x, [layer]
+            )
+            x.copy_(x.flip(0).contiguous())
+            graph.replay()
+            torch.cuda.synchronize()
+            if module.failure() or not torch.equal(y, expected.flip(0)):
+                found.append(f"{tokens} tokens through crvq::linear: {module.failure() or 'other bits'}")
+    print(f"crvq::linear in a graph: {'not ' if found else ''}the same bits", flush=True)
+    return found
+
+
 def time_shape(shape: tuple[int, int], form_name: str, stamp: dict, deadline: float) -> list[dict]:
     """Times all blocks of the kernel, Triton's kernels and a dense layer; prints and returns rows."""
     layers, dtype, rows = random_layers(shape, FORMS[form_name]), torch.float16, []
@@ -137,11 +174,7 @@ def time_shape(shape: tuple[int, int], form_name: str, stamp: dict, deadline: fl
         x = torch.randn(tokens, shape[1], device="cuda").to(dtype)
         graphs = {kernels.DENSE: kernels.capture(kernels.Way(F.linear), x, dense_layers)}
         ways = {("gemm", ""): kernels.run_gemm} | ({("gemv", ""): kernels.run_gemv} if tokens <= 2 else {})
-        for blocks in mma_gather_blocks(tokens):
-            ways["mma_gather", name_of(blocks)] = run(blocks)
-            if blocks == mma_gather_blocks(tokens)[0]:
-                chained = replace(blocks, dependent=True)
-                ways["mma_gather", name_of(chained)] = run(chained)
+        ways |= {("mma_gather", name_of(blocks)): run(blocks) for blocks in candidates(tokens)}
         for name, way in ways.items():
             try:
                 graphs[name] = kernels.capture(kernels.Way(way), x, layers)
@@ -185,7 +218,7 @@ def measure(shapes: tuple[tuple[int, int], ...], minutes: float, output: Path) -
     torch.manual_seed(0)
     stamp = kernels.gpu_stamp()
     compile_all(8)
-    problems = check(start + 0.4 * 60 * minutes) + repeat_often()
+    problems = check(start + 0.4 * 60 * minutes) + repeat_often() + through_the_operator()
     print("\n".join(problems) if problems else "all right", flush=True)
     time_calls()
     for form in FORMS:

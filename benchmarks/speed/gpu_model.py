@@ -1,7 +1,7 @@
 """The model stage of `gpu`: decoding speed of a dense and of quantized Llamas, all of random weights.
 
 Every model is timed in the decode loop of `crvq_hf.generation`, as it is and with its forward compiled, and in
-`generate` with a static cache, which compiles too.
+`generate`, as it is and with a static cache, which compiles too.
 """
 
 import logging
@@ -27,6 +27,7 @@ COMPILED = {"compile_config": CompileConfig(mode="default", dynamic=False)}
 # Arguments of `generate`, and the seconds that it takes at most to find out, by a guess.
 LOOPS = {
     "decode": ({"custom_generate": decode}, 15),
+    "generate": ({}, 20),
     "decode, compiled": ({"custom_generate": decode} | COMPILED, 40),
     "generate, compiled": ({"cache_implementation": "static"}, 40),
 }

@@ -19,7 +19,7 @@ class Form:
 
 
 DEFAULT, PAPER = Form(1, 0.04, 8), Form(3, 0.02, 16)
-PAPER_INT8 = Form(3, 0.02, 8)
+FORMS = {"default": DEFAULT, "paper": PAPER}
 
 
 @dataclass(frozen=True)

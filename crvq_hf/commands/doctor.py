@@ -11,10 +11,12 @@ import torch
 from crvq_kernels import (
     channel_index,
     cpu,
+    encode_codebooks,
     implementation,
     linear,
     linear_ref,
     pack_codes,
+    prefers_int8_codebooks,
     prefers_tiles,
     tile_codes,
 )
@@ -26,8 +28,8 @@ from ..sharing.text import megabytes
 
 HELP = "versions, the kernel in use and whether it computes correctly, work folders of earlier runs"
 PACKAGES = ("crvq-hf", "torch", "transformers", "triton", "accelerate", "optimum", "safetensors", "datasets", "gguf")
-TOKEN_COUNTS = (1, 512)  # writing a text, reading one
-OUT_FEATURES = 192
+TOKEN_COUNTS = (1, 8, 64, 2048)  # writing one text, several, reading a short one, a long one
+OUT_FEATURES, IN_FEATURES = 192, 256
 TOLERANCE = 1e-2  # relative RMS error of fp16 activations
 
 
@@ -89,7 +91,7 @@ def examine(device: torch.device) -> tuple[list[str], bool]:
         well = well and agrees
         verdict = "agrees with the reference" if agrees else "DIFFERS from the reference"
         lines.append(
-            f"{f'kernel, {count} token' + 's' * (count > 1):<18} {_path(device, count)}; "
+            f"{f'for {count} token' + 's' * (count > 1):<18} {_path(device, count)}; "
             f"{verdict} (relative error {error:.1e})"
         )
     return lines, well
@@ -97,7 +99,14 @@ def examine(device: torch.device) -> tuple[list[str], bool]:
 
 def _path(device: torch.device, num_tokens: int) -> str:
     """Names the code that runs a layer of `OUT_FEATURES` rows."""
-    return implementation(device, num_tokens, OUT_FEATURES, tiled=prefers_tiles(device))
+    sizes, tiled = (num_tokens, OUT_FEATURES, IN_FEATURES, 256, 8, _dtype(device)), prefers_tiles(device)
+    codebook_dtype = torch.int8 if prefers_int8_codebooks(device) else torch.float16
+    return implementation(device, *sizes, tiled, codebook_dtype, num_codebooks=2)
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """Returns the type of the activations that are tried."""
+    return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def _cpu_kernel() -> str:
@@ -117,17 +126,17 @@ def installed_version(package: str) -> str:
 
 def _relative_error(device: torch.device, num_tokens: int) -> float:
     """Returns the relative RMS error of one random layer on `device` against the fp32 reference."""
-    in_features, out_features, in_group_size, nbits, num_codebooks, num_critical_groups = 256, OUT_FEATURES, 8, 8, 4, 2
+    in_features, out_features, in_group_size, nbits, num_codebooks = IN_FEATURES, OUT_FEATURES, 8, 8, 2
+    num_critical_groups = 2
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(in_features, generator=generator).to(torch.int16)
     num_codes = len(channel_index(order, in_group_size, num_codebooks, num_critical_groups)) // in_group_size
     codes = pack_codes(torch.randint(2**nbits, (out_features, num_codes), generator=generator), nbits)
-    codebooks = torch.randn(num_codebooks, 2**nbits, in_group_size, generator=generator).half()
+    codebooks = encode_codebooks(torch.randn(num_codebooks, 2**nbits, in_group_size, generator=generator).clamp(-3, 3))
     scales = torch.rand(out_features, generator=generator).half()
     x = torch.randn(num_tokens, in_features, generator=generator)
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
     expected = linear_ref(x, codes, codebooks, scales, order, None, nbits, num_critical_groups)
     codes = tile_codes(codes, nbits, num_codes) if prefers_tiles(device) else codes
     layer = [tensor.to(device) for tensor in (codes, codebooks, scales, order)]
-    got = linear(x.to(device, dtype), *layer, None, nbits, num_critical_groups).float().cpu()
+    got = linear(x.to(device, _dtype(device)), *layer, None, nbits, num_critical_groups).float().cpu()
     return float((got - expected).norm() / expected.norm())

@@ -63,6 +63,10 @@ def answer_dtypes_(model: nn.Module) -> None:
     """Makes the weights of 8-bit embeddings and heads say the dtype of the model."""
     for module in model.modules():
         if isinstance(module, (Int8Embedding, Int8Head)):
+            # transformers before 5.23 leaves what it renames in the dtype that is stored.
+            dtype = module.__dict__.pop("loading_dtype", None)
+            if dtype is not None and not module.weight_row_scale.is_meta:
+                module.weight_row_scale.data = module.weight_row_scale.data.to(dtype)
             module.packed.__class__ = RowNumbers
             module.packed.scales = module.weight_row_scale
 
@@ -288,6 +292,7 @@ def replace_embeddings_(model: nn.Module, names: Iterable[str]) -> None:
     for layer in _replace_(model, parts, on_meta):
         # Models' `_init_weights` would draw random numbers into a module that is not marked as done.
         layer._is_hf_initialized = layer.weight._is_hf_initialized = True
+        layer.loading_dtype = layer.weight_row_scale.dtype
 
 
 def dequantize_embeddings_(model: nn.Module, dtype: torch.dtype) -> None:

@@ -62,7 +62,7 @@ class UnfusedExperts(nn.Module):
             else:
                 layers = {"up_proj": linear(*_parameters(fused, "up_proj", index))} | layers
             self.add_module(str(index), Expert(layers))
-        if fused.has_post_expert_norm:
+        if _has_norm(fused):
             self.post_expert_norm = fused.post_expert_norm
         self.skeleton = (_skeleton(fused),)
         self.train(fused.training)
@@ -93,7 +93,7 @@ class UnfusedExperts(nn.Module):
             expert = self._modules[str(index)]
             token, choice = torch.where(top_k_index == index)
             x = expert.down_proj(self._activate(expert, hidden_states[token]))
-            if self.skeleton[0].has_post_expert_norm:
+            if _has_norm(self.skeleton[0]):
                 x = self.post_expert_norm(x)
             result.index_add_(0, token, (x * top_k_weights[token, choice, None]).to(result.dtype))
         return result
@@ -120,7 +120,7 @@ class UnfusedExperts(nn.Module):
             whole = torch.stack(parts)
             whole = whole.mT.contiguous() if fused.is_transposed and kind == "weight" else whole
             setattr(fused, name, nn.Parameter(whole))
-        if fused.has_post_expert_norm:
+        if _has_norm(fused):
             fused.post_expert_norm = self.post_expert_norm
         return fused.train(self.training)
 
@@ -218,6 +218,11 @@ def check_fusable(model: nn.Module) -> None:
             )
 
 
+def _has_norm(module: nn.Module) -> bool:
+    """Returns whether experts end in a norm of their own, which transformers knows from 5.23 on."""
+    return getattr(module, "has_post_expert_norm", False)
+
+
 def _unknown_layout(module: nn.Module, parameters: dict[str, nn.Parameter]) -> str:
     """Returns why `UnfusedExperts` would not compute what `module` does, or an empty string."""
     kind = type(module).__name__
@@ -225,7 +230,7 @@ def _unknown_layout(module: nn.Module, parameters: dict[str, nn.Parameter]) -> s
     expected = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if module.has_bias else set())
     if set(parameters) != expected:
         return f"{kind} has other parameters than {sorted(expected)}: {sorted(parameters)}"
-    norm = [*module.post_expert_norm.parameters()] if module.has_post_expert_norm else []
+    norm = [*module.post_expert_norm.parameters()] if _has_norm(module) else []
     if len(list(module.parameters())) != len(expected) + len(norm):
         return f"{kind} has submodules with parameters"
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items() if parameter.dim() == 3}

@@ -22,7 +22,7 @@ def test_dry_run_checks_every_kernel(monkeypatch, capsys):
         traced = kernels.Way(lambda x, layer, run=run, name=name: used.append(name) or run(x, layer), way.max_tokens)
         monkeypatch.setitem(kernels.OURS, name, traced)
     bench.main(["--dry-run", "--dtypes", "fp16"])
-    assert capsys.readouterr().out == "72x80 d8 e8: ok\n100x592 d16 e11: ok\n"
+    assert capsys.readouterr().out == "72x80 d8 e8 default: ok\n72x80 d8 e8 paper: ok\n100x592 d16 e11 paper: ok\n"
     assert set(used) == {"gemv", "gemm", "dequantize + matmul"}
 
 
@@ -62,13 +62,16 @@ def bench_result(x, layer):
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (wrong_values, r"72x80 d8 e8, torch.float16, 1 tokens, gemm: relative error is (9.9e-03|1.0e-02), not"),
+        (
+            wrong_values,
+            r"72x80 d8 e8 default, torch.float16, 1 tokens, gemm: relative error is (9.9e-03|1.0e-02), not",
+        ),
         (wrong_dtype, r"result is torch.float32 of shape \[1, 72\], not torch.float16 of shape \[1, 72\]"),
         (moody, r"a second run has another result"),
     ],
 )
 def test_wrong_kernels_are_found(monkeypatch, run, message):
-    plan = bench.Plan(shapes=((72, 80),), formats=(), checked_tokens=(1,))
+    plan = bench.Plan(shapes=((72, 80),), formats=(), format_tokens=(), checked_tokens=(1,))
     monkeypatch.setattr(kernels, "OURS", {"gemm": kernels.Way(bench_result)})
     assert bench.check(plan, [FP16], "cpu") == []
     monkeypatch.setattr(kernels, "OURS", {"gemm": kernels.Way(run)})
@@ -142,7 +145,8 @@ def test_kernels_are_timed_and_their_rows_kept(monkeypatch, tmp_path, capsys):
     rows = read(tmp_path / "gpu_kernels.csv")
     assert list(rows[0]) == list(read(RESULTS / "gpu_kernels.csv")[0])
     assert {row["microseconds"] for row in rows} == {"2.0"} and {row["way"] for row in rows} == {*ours, "dense"}
-    assert "72 x 80, torch.float16, microseconds" in capsys.readouterr().out
+    assert [*dict.fromkeys(row["form"] for row in rows)] == ["default", "paper"]
+    assert "72 x 80, default, torch.float16, microseconds" in capsys.readouterr().out
     monkeypatch.setattr(kernels, "OURS", ours | {"gemm": kernels.Way(wrong_values)})
     with pytest.raises(SystemExit, match="72x80, torch.float16, 1 tokens, gemm: relative error is"):
         bench.main(options)

@@ -467,6 +467,7 @@ def test_doctor_names_the_path_and_checks_it(monkeypatch, capsys, choice):
     printed = capsys.readouterr().out
     name = "torch" if cpu.library() is None else cpu.INSTRUCTIONS[cpu.library().level]
     assert f"cpu ({name}): tables; agrees with the reference" in printed
+    assert re.findall(r"^for (\d+) tokens? +cpu ", printed, re.MULTILINE) == ["1", "8", "64", "2048"]
     if choice is not None:
         assert f"cpu ({choice}): dequantize + matmul; agrees with the reference" in printed
         assert re.search(rf"^cpu kernel +(scalar|none, PyTorch instead): CRVQ_CPU={choice}$", printed, re.MULTILINE)

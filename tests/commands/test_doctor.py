@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from crvq_kernels import linear
 
 from crvq_hf.commands import cli, doctor
 from crvq_hf.commands.cli import main
@@ -44,6 +45,14 @@ def test_doctor_removes_finished_ones_only(cache, capsys):
     assert re.search(rf"left: 1\.0 MB, unfinished: {cache / 'half'}", printed) and ", in use: " in printed
     assert sorted(path.name for path in cache.iterdir()) == ["half", "thesis", "used"]
     assert main(["doctor", "--clean"]) == 0 and "left: " in capsys.readouterr().out
+
+
+def test_doctor_tries_int8_codebooks(monkeypatch):
+    tried = []
+    monkeypatch.setattr(doctor, "linear", lambda *args: tried.append(args[2].dtype) or linear(*args))
+    assert doctor._relative_error(torch.device("cpu"), 1) < doctor.TOLERANCE and tried == [torch.int8]
+    monkeypatch.setattr(doctor, "linear", lambda *args: linear(*args[:2], args[2].flip(1), *args[3:]))
+    assert doctor._relative_error(torch.device("cpu"), 1) > doctor.TOLERANCE
 
 
 def test_doctor_where_there_are_none(tmp_path, monkeypatch, capsys):

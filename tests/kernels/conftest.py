@@ -41,12 +41,13 @@ def make_layer():
         num_codebooks = 1 + num_extended
         num_critical_groups = num_critical_groups if num_extended else 0
         num_codes = num_virtual_groups(in_features, in_group_size, num_codebooks, num_critical_groups)
+        floating = torch.float16 if dtype == torch.int8 else dtype
         codes = torch.randint(0, codebook_size, (out_features, num_codes))
         order_dtype = torch.uint8 if in_features <= 256 else torch.int16
         tensors = (
             pack_codes(codes, nbits),
-            torch.randn(num_codebooks, codebook_size, in_group_size).to(dtype),
-            torch.randn(out_features).to(dtype),
+            torch.randn(num_codebooks, codebook_size, in_group_size).mul(32 if dtype == torch.int8 else 1).to(dtype),
+            torch.randn(out_features).to(floating),
             torch.randperm(in_features).to(order_dtype),
         )
         return Layer(tensors, (nbits, num_critical_groups), codes, torch.randn(out_features))

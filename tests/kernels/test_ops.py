@@ -87,6 +87,27 @@ def test_linear_takes_any_float_dtype_of_codebooks_and_scales(make_layer, path, 
         assert relative_error(linear(x, *path.args(layer, bias=True)), expected) < path.error
 
 
+def test_int8_codebooks_are_32nds(make_layer, path):
+    """The same bits as with the numbers that they stand for, on every way."""
+    layer = make_layer(dtype=torch.int8)
+    codes, codebooks, *others = path.tensors(layer)
+    numbers = codebooks.half() / 32
+    assert codebooks.dtype == torch.int8 and torch.equal(numbers * 32, codebooks)
+    for num_tokens in (1, 40):
+        x = torch.randn(num_tokens, 72, requires_grad=True)
+        ys = [linear(x, codes, books, *others, layer.bias, *layer.constants) for books in (codebooks, numbers)]
+        assert torch.equal(*ys)
+        assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in ys))
+    weights = [dequantize(codes, books, *others, *layer.constants) for books in (codebooks, numbers)]
+    assert torch.equal(*weights)
+    stored = [dequantize_ref(layer.tensors[0], books, *others, *layer.constants) for books in (codebooks, numbers)]
+    assert torch.equal(*stored) and torch.equal(stored[0], weights[0])
+    inputs = [
+        linear_ref(x, layer.tensors[0], books, *others, None, *layer.constants) for books in (codebooks, numbers)
+    ]
+    assert torch.equal(*inputs)
+
+
 @pytest.mark.parametrize("shape", [(72,), (1, 72), (2, 1, 3, 72), (5, 7, 72)])
 def test_linear_keeps_leading_axes(make_layer, path, relative_error, shape):
     layer = make_layer()

@@ -221,3 +221,43 @@ def test_gradients_and_graphs_go_through_the_operator(tiled, weight):
     compiled = torch.compile(tiled, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x.detach()), tiled(x.detach()))
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Has layers on the CPU keep int8 codebooks, as those on a GPU do."""
+    monkeypatch.setattr(crvq_kernels, "prefers_int8_codebooks", lambda device: True)
+    monkeypatch.setattr(crvq_kernels, "is_plain", lambda *tensors: False)  # a shortcut that GPUs do not have
+
+
+def test_int8_codebooks_stay_on_a_gpu(layer, like_a_gpu, monkeypatch):
+    bits = layer.codebook_bits
+    stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    decoded = copy.deepcopy(layer)
+    with monkeypatch.context() as there:
+        there.setattr(crvq_kernels, "prefers_int8_codebooks", lambda device: False)
+        decoded.tile_()
+    layer.tile_()
+    assert decoded.weight_codebooks.dtype == torch.float16
+    assert layer.weight_codebooks.dtype == (torch.int8 if bits == 8 else torch.float16)
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(x), decoded(x))
+    assert torch.equal(layer.dequantize(torch.float32), decoded.dequantize(torch.float32))
+    for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        saved = other.state_dict()
+        assert all(torch.equal(saved[name], stored[name]) for name in stored)
+        assert all(saved[name].dtype == stored[name].dtype for name in stored)
+    layer.load_state_dict(stored)
+    assert layer.packed.dim() == decoded.packed.dim() and torch.equal(layer(x), decoded(x))
+    moved = decoded.to("cpu")  # from a CPU, which has decoded them, to a GPU
+    assert moved.weight_codebooks.dtype == layer.weight_codebooks.dtype
+    assert torch.equal(moved.weight_codebooks, layer.weight_codebooks)
+    with monkeypatch.context() as there:
+        there.setattr(crvq_kernels, "prefers_int8_codebooks", lambda device: False)
+        assert layer.to("cpu").weight_codebooks.dtype == torch.float16  # and back
+
+
+def test_int8_codebooks_compile(layer, like_a_gpu):
+    layer.tile_()
+    x = torch.randn(3, 64)
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))

@@ -47,6 +47,11 @@ def give_up(error: Exception) -> None:
         logger.warning("The CUDA kernel mma_gather failed, Triton's kernels run in its place: %s", _failure)
 
 
+def failure() -> str | None:
+    """Returns why the kernel runs no more, None if it has not failed."""
+    return _failure
+
+
 def serves(
     device: torch.device,
     num_tokens: int,
@@ -151,7 +156,7 @@ def mma_gather(
         arguments.digits, arguments.units = split_x.data_ptr(), split_x.data_ptr() + steps * columns * 32
         grid = (-(-steps * 4 // threads), num_tokens)
         split.launch(grid, threads, 4 * blocks.warps, arguments, stream, blocks.dependent)
-    programs = gather.programs(threads, shared_bytes) * _num_processors(x.device)
+    programs = min(gather.programs(threads, shared_bytes), blocks.programs) * _num_processors(x.device)
     grid = (min(-(-out_features // blocks.rows), programs), 1)
     gather.launch(grid, threads, shared_bytes, arguments, stream, blocks.dependent)
     return y
@@ -181,6 +186,8 @@ def macros(
         ("ORDER_BYTES", order_bytes),
         ("BFLOAT16", int(dtype == torch.bfloat16)),
         ("FUSED", int(blocks.fused)),
+        ("PROGRAMS", blocks.programs),
+        ("DEPENDENT", int(blocks.dependent)),
     )
 
 

@@ -77,13 +77,16 @@ class MmaGatherBlocks:
         rows: output rows: 16, 32, 64 or 128.
         warps: warps, each with its own share of the virtual groups.
         ahead: steps of 4 virtual groups whose codes a warp has on their way.
+        programs: how many a processor runs at a time, if its shared memory is enough.
         fused: whether every program cuts `x` into digits itself; else a small kernel has done it before.
-        dependent: programmatic dependent launch: whether a kernel may start while the one ahead of it still runs.
+        dependent: programmatic dependent launch: whether it may start while the kernel ahead still runs; needs an
+            NVIDIA GPU of compute capability 9.0 and kernels ahead that are not its weights' writers.
     """
 
     rows: int
     warps: int
     ahead: int
+    programs: int
     fused: bool
     dependent: bool = False
 
@@ -156,24 +159,26 @@ def kernel_for(num_tokens: int, out_features: int, in_features: int, codebook_si
 MMA_GATHER_TOKENS = 16  # the most that the CUDA kernel is written for
 # Up to how many tokens it runs by itself: none before a GPU has measured it. CRVQ_MMA_GATHER says another number.
 _MMA_GATHER_MAX_TOKENS = 0
-# By the most tokens: rows, warps, steps ahead and whether fused. The launcher takes the first that fits in shared
-# memory; a benchmark times all.
+# By the most tokens: rows, warps, steps ahead, programs, whether fused. The launcher takes the first that fits in
+# shared memory; a benchmark times all.
 _MMA_GATHER_BLOCKS = {
     2: (
-        *((32, 16, 8, True), (32, 16, 4, True), (32, 8, 8, True), (16, 16, 8, True), (16, 8, 8, True)),
-        *((64, 8, 4, True), (64, 16, 4, True), (128, 8, 2, True), (32, 16, 4, False), (32, 8, 4, False)),
+        *((32, 16, 9, 1, True), (32, 16, 5, 2, True), (32, 8, 9, 2, True), (16, 16, 5, 2, True)),
+        *((16, 8, 9, 2, True), (64, 16, 5, 1, True), (64, 8, 5, 2, True), (128, 8, 3, 1, True)),
+        *((32, 16, 9, 1, False), (32, 16, 5, 2, False)),
     ),
     4: (
-        *((32, 16, 4, False), (32, 16, 4, True), (32, 8, 4, False), (32, 8, 4, True), (16, 16, 4, False)),
-        *((64, 8, 4, False), (64, 8, 4, True), (64, 16, 2, False), (128, 8, 2, False)),
+        *((32, 16, 9, 1, False), (32, 16, 5, 2, False), (32, 16, 9, 1, True), (32, 16, 5, 2, True)),
+        *((32, 8, 9, 2, False), (32, 8, 5, 2, True), (16, 16, 5, 2, False), (64, 16, 5, 1, False)),
+        (64, 8, 5, 2, False),
     ),
     8: (
-        *((32, 16, 2, False), (32, 16, 2, True), (32, 8, 4, False), (32, 8, 4, True), (16, 16, 4, False)),
-        *((64, 8, 2, False), (64, 8, 2, True), (64, 16, 2, False)),
+        *((32, 16, 5, 1, False), (32, 16, 5, 1, True), (32, 16, 3, 2, True), (32, 16, 2, 2, False)),
+        *((32, 8, 5, 2, False), (32, 8, 5, 2, True), (64, 8, 3, 2, False), (64, 16, 3, 1, False)),
     ),
     16: (
-        *((32, 16, 2, False), (32, 16, 1, False), (32, 16, 1, True), (32, 8, 2, False), (32, 8, 2, True)),
-        *((16, 16, 2, False), (64, 8, 2, False), (64, 8, 1, False)),
+        *((32, 16, 3, 1, False), (32, 16, 3, 1, True), (32, 16, 2, 1, False), (32, 8, 3, 2, False)),
+        *((32, 8, 3, 1, True), (64, 8, 1, 2, False), (64, 16, 1, 1, False), (16, 16, 3, 1, False)),
     ),
 }
 

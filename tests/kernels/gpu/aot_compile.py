@@ -73,7 +73,6 @@ CASES = {
     "M=1 bf16 d16 e8": lambda: gemv(*linear_args(1, BF16, 16)),
     "M=1 fp32 d8 e8": lambda: gemv(*linear_args(1, FP32)),
     "M=1 fp16 d8 e8 int8": lambda: gemv(*linear_args(1, FP16, dtype=INT8)),
-    "M=1 bf16 d8 e8 int8": lambda: gemv(*linear_args(1, BF16, dtype=INT8)),
     "M=4 fp16 d8 e8 int8": lambda: gemm(*linear_args(4, FP16, dtype=INT8)),
     "fp16 d8 e8 int8": lambda: dequantize_weight(*layer(dtype=INT8), FP16, permuted=True),
     "M=4 fp16 d8 e8": lambda: gemm(*linear_args(4, FP16)),

@@ -1,7 +1,8 @@
 // Runs the CUDA kernels of crvq_kernels on a CPU: a program after the other, its threads as fibers.
 //
 // It shows wrong index arithmetic, a barrier that not all threads reach, writes past the shared memory that was asked
-// for, and addresses that vectors may not be read from. It does not show races, nor what a GPU's compiler makes of it.
+// for, codes read past their end, and addresses that vectors may not be read from. It does not show races, nor what a
+// GPU's compiler makes of it.
 #include <ucontext.h>
 
 #include <cmath>
@@ -15,7 +16,7 @@
 #define __device__ static
 #define __forceinline__ inline
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define SHARED_MEMORY(name) unsigned char *const name = emulator::shared
 #define threadIdx emulator::thread_index
 #define blockIdx emulator::block_index
@@ -44,6 +45,7 @@ static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
 static unsigned current;
 static const char *problem;
+static const unsigned char *codes, *codes_end;  // what a kernel may read of them
 
 // Waits until the fibers from `first` up to `last` have passed as many barriers of a kind as this one.
 static inline void meet(int Fiber::*barriers, size_t first, size_t last) {
@@ -147,8 +149,8 @@ static inline void mma(int *sums, uint32_t a0, uint32_t a1, uint32_t a2, uint32_
     emulator::meet_warp();
 }
 static inline void load_codes(uint32_t *words, const unsigned char *from) {
-    uint32_t bytes = ROWS;
-    memcpy(words, emulator::vector_at<unsigned char>(from, bytes), bytes);
+    if (from < emulator::codes || from + ROWS > emulator::codes_end) emulator::problem = "codes are read past their end";
+    else memcpy(words, emulator::vector_at<unsigned char>(from, ROWS), ROWS);
 }
 static inline float float_of_half(uint16_t bits) {
     _Float16 value;
@@ -172,6 +174,9 @@ static inline void let_next_kernel_start() {}
 #include KERNELS
 
 extern "C" const char *emulate_mma_gather(int x, int y, int threads, int bytes, const void *arguments) {
+    const Arguments &a = *(const Arguments *)arguments;
+    emulator::codes = a.tiles;
+    emulator::codes_end = a.tiles + (size_t)(a.virtual_groups + 31) / 32 * a.row_tiles * 512;
     auto kernel = [](const void *a) { mma_gather(*(const Arguments *)a); };
     return emulator::run(kernel, arguments, {(unsigned)x, (unsigned)y}, threads, bytes);
 }

@@ -20,6 +20,19 @@ def test_linear_in_the_interpreter(make_layer, relative_error, tolerance, monkey
     assert relative_error(y, linear_ref(x, *layer.linear_args(bias))) < tolerance[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("in_group_size", [4, 8, 16])
+@pytest.mark.parametrize("name", NAMES)
+def test_int8_codebooks_have_the_bits_of_decoded_ones(make_layer, monkeypatch, name, in_group_size, dtype):
+    monkeypatch.setattr(ops, "implementation", lambda *args: f"triton: {name}")
+    layer = make_layer(40, 144, in_group_size, dtype=torch.int8)
+    tensors = (layer.tiles, *layer.tensors[1:])
+    decoded = (layer.tiles, layer.tensors[1].half() / 32, *layer.tensors[2:])
+    x = torch.randn(2, 144).to(dtype)
+    ys = [linear(x, *some, layer.bias, *layer.constants) for some in (tensors, decoded)]
+    assert torch.equal(*ys)
+
+
 def test_dequantize_and_gradient_in_the_interpreter(make_layer, relative_error, monkeypatch):
     monkeypatch.setattr(ops, "uses_triton", lambda device: True)
     layer = make_layer(nbits=5)
