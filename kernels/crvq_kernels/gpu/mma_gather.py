@@ -72,12 +72,21 @@ def serves(
         and codebook_size <= _MAX_CODEBOOK_SIZE
         and num_codebooks * in_features <= _MAX_ELEMENTS
         and _has_instructions(device)
+        and _fits(device, num_tokens, num_codebooks)
     )
 
 
 @functools.cache
 def _has_instructions(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _fits(device: torch.device, num_tokens: int, num_codebooks: int) -> bool:
+    """Returns whether a program has the shared memory, whatever the size of the layer."""
+    limit = nvrtc.max_shared_bytes(torch.cuda.current_device() if device.index is None else device.index)
+    sizes = (num_tokens, num_tokens * _num_digits(num_tokens), 0, 0, num_codebooks)
+    return any(not some.fused and _shared_bytes(some, *sizes) <= limit for some in mma_gather_blocks(num_tokens))
 
 
 def mma_gather(

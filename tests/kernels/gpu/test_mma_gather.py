@@ -175,6 +175,11 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(module, "_has_instructions", lambda device: True)
     monkeypatch.setattr(module, "_failure", None)
     monkeypatch.setattr(ops, "_uses_triton", lambda device: True)
+    monkeypatch.setattr(nvrtc, "max_shared_bytes", lambda device: emulation.SHARED_BYTES)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    module._fits.cache_clear()
+    yield
+    module._fits.cache_clear()
 
 
 def test_it_serves_what_it_is_written_for(on_cuda):
@@ -187,6 +192,14 @@ def test_it_serves_what_it_is_written_for(on_cuda):
     others = [name(5), name(dtype=torch.float32), name(codebook_dtype=FP16), name(num_codebooks=5)]
     others += [name(size=512), name(group=4), name(channels=2**17)]
     assert all(other.startswith("triton: ") for other in others)
+
+
+def test_a_small_shared_memory_has_room_for_two_codebooks(on_cuda, monkeypatch):
+    monkeypatch.setenv("CRVQ_MMA_GATHER", "16")
+    monkeypatch.setattr(nvrtc, "max_shared_bytes", lambda device: 99 * 1024)  # of compute capability 8.6 and 8.9
+    for num_tokens in (1, 2, 3, 8, 9, 16):
+        names = [implementation("cuda:0", num_tokens, 64, 28672, 256, 8, FP16, True, torch.int8, n) for n in (2, 3)]
+        assert names[0] == "cuda: mma_gather" and names[1].startswith("triton: ")
 
 
 def test_it_runs_nowhere_before_a_gpu_has_measured_it(on_cuda, monkeypatch):
@@ -205,7 +218,7 @@ def test_a_failure_is_logged_once_and_triton_runs(on_cuda, int8_layer, relative_
         calls.append(args)
         raise error
 
-    monkeypatch.setattr(nvrtc, "max_shared_bytes", fail)
+    monkeypatch.setattr(nvrtc, "load", fail)
     layer = int8_layer(100, 72, num_extended=1)
     x = torch.randn(2, 72).half()
     with caplog.at_level(logging.WARNING, "crvq"):
