@@ -59,4 +59,8 @@ def test_processes_of_a_script_find_it():
     """Under `-m` the main module has another name; what is sent to other processes must be found by its own."""
     pytest.importorskip("triton")
     ended = run("gpu", "--dry-run", "--dtypes", "fp16", "--jobs", "2")
-    assert sorted(ended.stdout.splitlines()) == ["100x592 d16 e11: ok", "72x80 d8 e8: ok"], ended.stderr
+    assert sorted(ended.stdout.splitlines()) == [
+        "100x592 d16 e11 paper: ok",
+        "72x80 d8 e8 default: ok",
+        "72x80 d8 e8 paper: ok",
+    ], ended.stderr
