@@ -67,9 +67,10 @@ def name_of(blocks: MmaGatherBlocks) -> str:
 
 
 def candidates(tokens: int) -> list[MmaGatherBlocks]:
-    """Returns all blocks to time, the first also with programmatic dependent launch where there is that."""
+    """Returns all blocks to time, the first three also with programmatic dependent launch where there is that."""
     blocks = list(mma_gather_blocks(tokens))
-    return blocks + [replace(blocks[0], dependent=True)] * (torch.cuda.get_device_capability() >= (9, 0))
+    can = torch.cuda.get_device_capability() >= (9, 0)
+    return blocks + [replace(some, dependent=True) for some in blocks[:3] if can]
 
 
 def compile_all(jobs: int) -> None:

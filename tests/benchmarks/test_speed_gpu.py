@@ -165,7 +165,10 @@ def test_models_decode():
 
     rows = list(gpu_model.time_models(True, 64, {"gpu": "none"}, "cpu"))
     assert [(row["way"], row["loop"]) for row in rows] == [
-        (way, loop) for loop in gpu_model.LOOPS for way in gpu_model.WAYS
+        (way, loop)
+        for loop in gpu_model.LOOPS
+        for way in gpu_model.WAYS
+        if loop == "decode" or way != "crvq of the paper"
     ]
     assert all(row["tokens_per_second"] > 0 and row["gpu"] == "none" for row in rows)
     assert all(0 <= row["same_tokens"] <= 1 for row in rows), "in fp16 rounding decides now and then"

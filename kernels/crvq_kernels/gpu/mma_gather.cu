@@ -299,6 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) mma_gather(const
 #endif
     fill_table(shared, a, entries);
     wait_for_kernel_ahead();
+    let_next_kernel_start();  // it waits itself before it reads or writes what is not a weight
 #if FUSED
     if (DEPENDENT && has_x) first_x = __ldcg((const uint4 *)a.x + threadIdx.x);
     uint2 *const digits = (uint2 *)rest;
@@ -375,7 +376,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) mma_gather(const
                 }
             }
         }
-        if (next_block >= blocks) let_next_kernel_start();
 
         // Row r * ROWS + i of the program is in place i * 8 + r.
 #pragma unroll
