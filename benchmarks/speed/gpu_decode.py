@@ -67,10 +67,13 @@ def name_of(blocks: MmaGatherBlocks) -> str:
 
 
 def candidates(tokens: int) -> list[MmaGatherBlocks]:
-    """Returns all blocks to time, the first three also with programmatic dependent launch where there is that."""
-    blocks = list(mma_gather_blocks(tokens))
+    """Returns all blocks to time, the first of each shape also with programmatic dependent launch if there is that."""
+    blocks = [replace(some, dependent=False) for some in mma_gather_blocks(tokens)]
+    first = [
+        mma_gather_blocks(tokens, *shape)[0] for shape in ((4096, 4096), (11008, 4096), (576, 576), (8192, 28672))
+    ]
     can = torch.cuda.get_device_capability() >= (9, 0)
-    return blocks + [replace(some, dependent=True) for some in blocks[:3] if can]
+    return blocks + [replace(some, dependent=True) for some in dict.fromkeys(first) if can]
 
 
 def compile_all(jobs: int) -> None:

@@ -59,14 +59,12 @@ def implementation(
     """
     device = torch.device(device)
     if uses_triton(device):
-        from .gpu.tuning import kernel_for, mma_gather_max_tokens
+        from .gpu.mma_gather import serves
+        from .gpu.tuning import kernel_for
 
-        if num_tokens <= mma_gather_max_tokens():
-            from .gpu.mma_gather import serves
-
-            codebooks = codebook_dtype, (num_codebooks, codebook_size, in_group_size)
-            if serves(device, num_tokens, in_features, dtype, *codebooks):
-                return "cuda: mma_gather"
+        codebooks = codebook_dtype, (num_codebooks, codebook_size, in_group_size)
+        if serves(device, num_tokens, in_features, dtype, *codebooks):
+            return "cuda: mma_gather"
         return f"triton: {kernel_for(num_tokens, out_features, in_features, codebook_size)}"
     if device.type == "cpu" and tiled and cpu.library() is not None:
         way = "tables" if cpu.uses_tables(num_tokens, out_features, nbits, dtype) else "dequantize + matmul"
@@ -185,7 +183,7 @@ def _linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critica
     layer = (codes, codebooks, scales, channel_order)
     constants = (nbits, num_critical_groups)
     if name.startswith(("triton", "cuda:")):
-        y = _linear_gpu(name, tokens, _tiled(layer, *constants), bias, *constants)
+        y = _linear_gpu(name, tokens, layer, bias, *constants)
     elif "(torch)" in name:
         layer = _stored(layer, *constants)
         run = portable.lookup_linear if name.endswith("tables") else portable.dequantize_linear
@@ -200,11 +198,12 @@ def _linear(x, codes, codebooks, scales, channel_order, bias, nbits, num_critica
 def _linear_gpu(name, tokens, layer, bias, nbits, num_critical_groups):
     constants = (nbits, num_critical_groups)
     with torch.cuda.device_of(tokens):
+        written, layer = layer[0].dim() == 2, _tiled(layer, *constants)
         if name == "cuda: mma_gather":
             from .gpu.mma_gather import give_up, mma_gather
 
             try:
-                return mma_gather(tokens, *layer, bias, *constants)
+                return mma_gather(tokens, *layer, bias, *constants, written=written)
             except (OSError, RuntimeError) as error:
                 give_up(error)
             name = implementation(

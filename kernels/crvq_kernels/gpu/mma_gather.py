@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..packing import ROW_MULTIPLE, TILE_ROWS, num_virtual_groups
 from . import nvrtc
-from .tuning import MMA_GATHER_TOKENS, MmaGatherBlocks, mma_gather_blocks
+from .tuning import MMA_GATHER_TOKENS, MmaGatherBlocks, mma_gather_blocks, mma_gather_max_tokens
 
 logger = logging.getLogger("crvq")
 
@@ -60,7 +60,7 @@ def serves(
     codebook_dtype: torch.dtype,
     codebooks_shape: tuple[int, int, int],
 ) -> bool:
-    """Returns whether the kernel can multiply `num_tokens` rows of `x`, of type `dtype`, with such a layer."""
+    """Returns whether the kernel is to multiply `num_tokens` rows of `x`, of type `dtype`, with such a layer."""
     num_codebooks, codebook_size, in_group_size = codebooks_shape
     return (
         _failure is None
@@ -71,14 +71,16 @@ def serves(
         and num_codebooks <= _MAX_CODEBOOKS
         and codebook_size <= _MAX_CODEBOOK_SIZE
         and num_codebooks * in_features <= _MAX_ELEMENTS
-        and _has_instructions(device)
+        and torch.version.hip is None
+        and _capability(device) >= (8, 0)
+        and num_tokens <= mma_gather_max_tokens(_capability(device))
         and _fits(device, num_tokens, num_codebooks)
     )
 
 
 @functools.cache
-def _has_instructions(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache
@@ -99,6 +101,7 @@ def mma_gather(
     nbits: int,
     num_critical_groups: int,
     blocks: MmaGatherBlocks | None = None,
+    written: bool = False,
 ) -> Tensor:
     """Launches the kernel; arguments as in `reference.linear_ref`, but codes tiled and what `serves` says.
 
@@ -106,6 +109,7 @@ def mma_gather(
         x: `[M, K]`, float16 or bfloat16, `1 <= M <= MMA_GATHER_TOKENS`.
         codebooks: `[num_codebooks, C, 8]`, int8.
         blocks: how to run it; chosen if None. The result is the same bit for bit.
+        written: whether the kernel ahead may have written one of the tensors but `x`: then this one waits for it.
 
     Returns:
         `[M, N]`, in the dtype of `x`.
@@ -119,23 +123,25 @@ def mma_gather(
     num_codes = num_virtual_groups(in_features, in_group_size, num_codebooks, num_critical_groups)
     digits = _num_digits(num_tokens)
     columns, steps = num_tokens * digits, -(-num_codes // 4)
-    order_bytes = channel_order.element_size()
+    order_bytes, given = channel_order.element_size(), (tiles, codebooks, scales, channel_order, bias)
     if order_bytes == 8:
         channel_order, order_bytes = channel_order.int(), 4
     scales = _readable(scales)
     bias = None if bias is None else _readable(bias)
     x, tiles, codebooks, channel_order = map(_aligned, (x, tiles, codebooks, channel_order))
 
+    written |= any(a is not b for a, b in zip(given, (tiles, codebooks, scales, channel_order, bias), strict=True))
     sizes = (num_tokens, columns, steps, in_features, num_codebooks)
     limit = nvrtc.max_shared_bytes(x.device.index)
     fitting = [
         some
-        for some in (mma_gather_blocks(num_tokens) if blocks is None else (blocks,))
+        for some in (mma_gather_blocks(num_tokens, out_features, in_features) if blocks is None else (blocks,))
         if _shared_bytes(some, *sizes) <= limit
     ]
     if not fitting:
         raise RuntimeError(f"a program takes more than the {limit} bytes of shared memory that there are")
     blocks = fitting[0]
+    dependent = blocks.dependent and not written and _capability(x.device) >= (9, 0)
     shared_bytes = _shared_bytes(blocks, *sizes)
     gather, split = _kernels(macros(blocks, num_tokens, num_codebooks, order_bytes, x.dtype), x.device)
 
@@ -164,10 +170,10 @@ def mma_gather(
         split_x = torch.empty(steps * columns * 32 + num_tokens * 4, dtype=torch.uint8, device=x.device)
         arguments.digits, arguments.units = split_x.data_ptr(), split_x.data_ptr() + steps * columns * 32
         grid = (-(-steps * 4 // threads), num_tokens)
-        split.launch(grid, threads, 4 * blocks.warps, arguments, stream, blocks.dependent)
+        split.launch(grid, threads, 4 * blocks.warps, arguments, stream, dependent)
     programs = min(gather.programs(threads, shared_bytes), blocks.programs) * _num_processors(x.device)
     grid = (min(-(-out_features // blocks.rows), programs), 1)
-    gather.launch(grid, threads, shared_bytes, arguments, stream, blocks.dependent)
+    gather.launch(grid, threads, shared_bytes, arguments, stream, dependent)
     return y
 
 

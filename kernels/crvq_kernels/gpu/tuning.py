@@ -157,15 +157,17 @@ def kernel_for(num_tokens: int, out_features: int, in_features: int, codebook_si
 
 
 MMA_GATHER_TOKENS = 16  # the most that the CUDA kernel is written for
-# Up to how many tokens it runs by itself: none before a GPU has measured it. CRVQ_MMA_GATHER says another number.
-_MMA_GATHER_MAX_TOKENS = 0
+# GPUs, by compute capability, on which it was measured: there it was at least 1.2 times as fast as Triton's kernels.
+_MMA_GATHER_MEASURED = {(9, 0)}
+_MMA_GATHER_WIDE, _MMA_GATHER_NARROW = 16384, 2048  # input features
+_MMA_GATHER_TALL = 8192  # output features
 # By the most tokens: rows, warps, steps ahead, programs, whether fused. The launcher takes the first that fits in
 # shared memory; a benchmark times all.
 _MMA_GATHER_BLOCKS = {
     2: (
         *((32, 16, 9, 1, True), (32, 16, 5, 2, True), (32, 8, 9, 2, True), (16, 16, 5, 2, True)),
         *((16, 8, 9, 2, True), (64, 16, 5, 1, True), (64, 8, 5, 2, True), (128, 8, 3, 1, True)),
-        *((32, 16, 9, 1, False), (32, 16, 5, 2, False)),
+        *((32, 16, 5, 2, False), (32, 16, 9, 1, False)),
     ),
     4: (
         *((32, 16, 9, 1, False), (32, 16, 5, 2, False), (32, 16, 9, 1, True), (32, 16, 5, 2, True)),
@@ -181,18 +183,42 @@ _MMA_GATHER_BLOCKS = {
         *((32, 8, 3, 1, True), (64, 8, 1, 2, False), (64, 16, 1, 1, False), (16, 8, 3, 2, False)),
     ),
 }
+# What is fastest for wide layers, where cutting x costs a program much, for narrow and for tall ones, where it differs.
+_MMA_GATHER_FOR_WIDE = {
+    2: (64, 16, 5, 1, True),
+    4: (64, 16, 5, 1, False),
+    8: (64, 16, 3, 1, False),
+    16: (64, 16, 1, 1, False),
+}
+_MMA_GATHER_FOR_NARROW = {2: (32, 8, 9, 2, True), 4: (32, 16, 5, 2, False), 16: (32, 16, 2, 1, False)}
+_MMA_GATHER_FOR_TALL = {4: (32, 16, 5, 2, False)}
 
 
-def mma_gather_max_tokens() -> int:
-    """Returns up to how many tokens the CUDA kernel runs where it can."""
-    return int(os.environ.get("CRVQ_MMA_GATHER") or _MMA_GATHER_MAX_TOKENS)
+def mma_gather_max_tokens(capability: tuple[int, int]) -> int:
+    """Returns up to how many tokens the CUDA kernel runs on a GPU; CRVQ_MMA_GATHER says another number."""
+    measured = MMA_GATHER_TOKENS if capability in _MMA_GATHER_MEASURED else 0
+    return int(os.environ.get("CRVQ_MMA_GATHER") or measured)
 
 
 @functools.cache
-def mma_gather_blocks(num_tokens: int) -> tuple[MmaGatherBlocks, ...]:
-    """Returns what can be launched for that many tokens, the best first; all have the same result."""
+def mma_gather_blocks(
+    num_tokens: int, out_features: int = 4096, in_features: int = 4096
+) -> tuple[MmaGatherBlocks, ...]:
+    """Returns what can be launched, the best first; all have the same result.
+
+    Programmatic dependent launch was measured for layers that are not wide, and was faster in nearly all of them.
+    """
     most = next(tokens for tokens in _MMA_GATHER_BLOCKS if num_tokens <= tokens)
-    return tuple(MmaGatherBlocks(*numbers) for numbers in _MMA_GATHER_BLOCKS[most])
+    special = {}
+    if in_features > _MMA_GATHER_WIDE:
+        special = _MMA_GATHER_FOR_WIDE
+    elif in_features < _MMA_GATHER_NARROW:
+        special = _MMA_GATHER_FOR_NARROW
+    elif out_features > _MMA_GATHER_TALL:
+        special = _MMA_GATHER_FOR_TALL
+    dependent = in_features <= _MMA_GATHER_WIDE
+    first = (special[most],) if most in special else ()
+    return tuple(MmaGatherBlocks(*numbers, dependent) for numbers in dict.fromkeys(first + _MMA_GATHER_BLOCKS[most]))
 
 
 # Programs of 64 rows that keep an H100, of 132 processors, busy.
@@ -265,8 +291,8 @@ class RowsBlocks:
     num_stages: int
 
 
-# Tokens up to which the int8 rows are read straight; for more they are made dense once.
-ROWS_MAX_TOKENS = 128
+# Tokens up to which the int8 rows are read straight, which was faster throughout; beyond nothing was measured.
+ROWS_MAX_TOKENS = 1024
 
 
 def rows_blocks(num_tokens: int, element_size: int) -> RowsBlocks:

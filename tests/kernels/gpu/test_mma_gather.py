@@ -172,9 +172,9 @@ class TestEmulated:
 def on_cuda(monkeypatch):
     """Has `ops` choose as on an NVIDIA GPU where the CUDA kernel is switched on."""
     monkeypatch.setenv("CRVQ_MMA_GATHER", "4")
-    monkeypatch.setattr(module, "_has_instructions", lambda device: True)
+    monkeypatch.setattr(module, "_capability", lambda device: (8, 0))
     monkeypatch.setattr(module, "_failure", None)
-    monkeypatch.setattr(ops, "_uses_triton", lambda device: True)
+    monkeypatch.setattr(ops, "uses_triton", lambda device: True)
     monkeypatch.setattr(nvrtc, "max_shared_bytes", lambda device: emulation.SHARED_BYTES)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     module._fits.cache_clear()
@@ -202,9 +202,11 @@ def test_a_small_shared_memory_has_room_for_two_codebooks(on_cuda, monkeypatch):
         assert names[0] == "cuda: mma_gather" and names[1].startswith("triton: ")
 
 
-def test_it_runs_nowhere_before_a_gpu_has_measured_it(on_cuda, monkeypatch):
+def test_it_runs_by_itself_where_it_was_measured(on_cuda, monkeypatch):
     monkeypatch.delenv("CRVQ_MMA_GATHER")
     assert implementation("cuda:0", 1, dtype=FP16, codebook_dtype=torch.int8).startswith("triton: ")
+    monkeypatch.setattr(module, "_capability", lambda device: (9, 0))
+    assert implementation("cuda:0", 16, dtype=FP16, codebook_dtype=torch.int8) == "cuda: mma_gather"
 
 
 @pytest.mark.parametrize(
