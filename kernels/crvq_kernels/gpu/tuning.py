@@ -183,7 +183,7 @@ _MMA_GATHER_BLOCKS = {
         *((32, 8, 3, 1, True), (64, 8, 1, 2, False), (64, 16, 1, 1, False), (16, 8, 3, 2, False)),
     ),
 }
-# What is fastest for wide layers, where cutting x costs a program much, for narrow and for tall ones, where it differs.
+# What is fastest, if not the above, for wide layers, where cutting x costs a program much, for narrow and tall ones.
 _MMA_GATHER_FOR_WIDE = {
     2: (64, 16, 5, 1, True),
     4: (64, 16, 5, 1, False),
