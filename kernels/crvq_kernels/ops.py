@@ -55,7 +55,8 @@ def implementation(
 
     Returns:
         "cuda: mma_gather"; or "triton: " and "gemv", "gemm", "wgmma" or "dequantize + matmul"; or
-        "cpu (<instructions>): " and "tables" or "dequantize + matmul"; or "<device type> (torch): " and one of these two.
+        "cpu (<instructions>): " and "tables" or "dequantize + matmul"; or "<device type> (torch): " and one of these
+        two.
     """
     device = torch.device(device)
     if uses_triton(device):

@@ -293,8 +293,8 @@ def rows_blocks(num_tokens: int, element_size: int) -> RowsBlocks:
     return RowsBlocks(tokens, rows=64, channels=256 // element_size, num_warps=4, num_stages=3)
 
 
-# Numbers of tokens for which the wgmma kernel runs where it can, before "gemm" and "dequantize + matmul": none before a
-# GPU has measured it.
+# Numbers of tokens for which the wgmma kernel runs where it can, in place of "gemm" and "dequantize + matmul": none
+# before a GPU has measured it.
 WGMMA_TOKENS = range(0)
 # By the most tokens: rows, tokens, warps, quads, stages, programs a processor that splits aim at, int8. The launcher
 # takes the first; a benchmark times all.

@@ -209,8 +209,9 @@ def wgmma_kernel(
     k = tl.arange(0, 32 * QUADS)
     x_ptrs = staged_ptr + token.to(tl.int64)[None, :] * width + k[:, None]
 
-    # Codes are asked for two steps before they are looked up, as they come from DRAM, but carried as codes over one and
-    # as rows of the codebooks over the other: what is carried over two keeps Triton from copying x asynchronously.
+    # Codes are asked for two steps before they are looked up, as they come from DRAM. They are carried over one step
+    # as codes and over the other as rows of the codebooks: Triton copies x asynchronously only if no value is carried
+    # over two steps.
     last = (num_steps - 1) * STEP
     low = load_codes(code_ptrs, first, num_row_tiles, R, INLINE)
     vectors = codebook_rows(low, first + quad, codebook_size, num_groups, critical_groups, NUM_CODEBOOKS, R)
@@ -252,7 +253,10 @@ def serves(
     codebook_dtype: torch.dtype,
     codebooks_shape: tuple[int, int, int],
 ) -> bool:
-    """Returns whether the kernel can multiply `x` of type `dtype` with such a layer."""
+    """Returns whether the kernel can multiply `x` of type `dtype` with such a layer.
+
+    Only where there is wgmma: elsewhere codewords would go through shared memory, and large tiles spill.
+    """
     num_codebooks, codebook_size, in_group_size = codebooks_shape
     return (
         dtype in (torch.float16, torch.bfloat16)
@@ -261,7 +265,7 @@ def serves(
         and in_group_size == 8
         and num_codebooks <= MAX_CODEBOOKS
         and torch.version.hip is None
-        and (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0))
+        and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9)
     )
 
 

@@ -95,8 +95,8 @@ CASES = {
 }
 
 
-# Of the kernel that is written for NVIDIA's matrix instructions.
-CUDA_CASES = {
+# Of the kernel that is written for an instruction of sm_90.
+WGMMA_CASES = {
     f"M={tokens} fp16 d8 e8{' int8' * (dtype == INT8)}": lambda tokens=tokens, dtype=dtype: wgmma(
         *linear_args(tokens, FP16, dtype=dtype), blocks=wgmma_blocks(tokens, 4096, 544, 132, True)[0]
     )
@@ -228,7 +228,7 @@ def compile_cases(cases: dict, targets: list[str]):
 def main() -> int:
     results = [
         *compile_cases(CASES, list(TARGETS)),
-        *compile_cases(CUDA_CASES, ["sm_80", "sm_90"]),
+        *compile_cases(WGMMA_CASES, ["sm_90"]),
         *compile_cases(MISTAKES, ["sm_90"]),
     ]
     if "--json" in sys.argv:
