@@ -27,7 +27,7 @@ from .layers import FORMS
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672), (576, 576), (1536, 576))
 STAGES = ("correctness", "kernels", "model")
-DECODE = "decode"
+DECODE, PREFILL = "decode", "prefill"
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,9 @@ def as_table(rows: list[dict], chosen: dict[int, str]) -> str:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
     parser = command_line(__name__)
-    parser.add_argument("--stage", choices=(*STAGES, DECODE), help="only this one; `decode` runs only so")
+    parser.add_argument("--stage", choices=(*STAGES, DECODE, PREFILL), help="only this one; the last two run only so")
     parser.add_argument(
-        "--minutes", type=float, default=2.0, help="of `decode` and `model`: what it has not begun by then is left out"
+        "--minutes", type=float, default=2.0, help="of these and `model`: what one has not begun by then is left out"
     )
     parser.add_argument("--quick", action="store_true", help="few shapes, numbers of tokens and repetitions")
     text = "only these, e.g. 4096x11008 for 4096 output and 11008 input features"
@@ -191,6 +191,10 @@ def main(arguments: list[str]) -> int | None:
         stages, device = [args.stage] if args.stage else list(STAGES), "cuda"
     if args.stage == DECODE:
         from .gpu_decode import measure
+
+        return measure(plan.shapes, args.minutes, args.output)
+    if args.stage == PREFILL:
+        from .gpu_prefill import measure
 
         return measure(plan.shapes, args.minutes, args.output)
     dtypes = [kernels.DTYPES[name] for name in args.dtypes or kernels.DTYPES]

@@ -26,10 +26,10 @@ WAYS = {"crvq": DEFAULT, "dense": None, "crvq of the paper": PAPER}
 COMPILED = {"compile_config": CompileConfig(mode="default", dynamic=False)}
 # Arguments of `generate`, and the seconds that it takes at most to find out, by a guess.
 LOOPS = {
-    "decode": ({"custom_generate": decode}, 15),
-    "generate": ({}, 20),
     "decode, compiled": ({"custom_generate": decode} | COMPILED, 40),
+    "decode": ({"custom_generate": decode}, 15),
     "generate, compiled": ({"cache_implementation": "static"}, 40),
+    "generate": ({}, 60),
 }
 
 

@@ -54,17 +54,23 @@ def implementation(
     """Names the code that `linear` runs for `num_tokens` rows of `x`, of type `dtype`, on `device`.
 
     Returns:
-        "cuda: mma_gather"; or "triton: " and "gemv", "gemm" or "dequantize + matmul"; or "cpu (<instructions>): " and
-        "tables" or "dequantize + matmul"; or "<device type> (torch): " and one of these two.
+        "cuda: mma_gather"; or "triton: " and "gemv", "gemm", "wgmma" or "dequantize + matmul"; or
+        "cpu (<instructions>): " and "tables" or "dequantize + matmul"; or "<device type> (torch): " and one of these
+        two.
     """
     device = torch.device(device)
     if uses_triton(device):
-        from .gpu.mma_gather import serves
-        from .gpu.tuning import kernel_for
+        from .gpu import mma_gather
+        from .gpu.tuning import WGMMA_TOKENS, kernel_for
 
         codebooks = codebook_dtype, (num_codebooks, codebook_size, in_group_size)
-        if serves(device, num_tokens, in_features, dtype, *codebooks):
+        if mma_gather.serves(device, num_tokens, in_features, dtype, *codebooks):
             return "cuda: mma_gather"
+        if num_tokens in WGMMA_TOKENS:
+            from .gpu import wgmma
+
+            if wgmma.serves(device, dtype, *codebooks):
+                return "triton: wgmma"
         return f"triton: {kernel_for(num_tokens, out_features, in_features, codebook_size)}"
     if device.type == "cpu" and tiled and cpu.library() is not None:
         way = "tables" if cpu.uses_tables(num_tokens, out_features, nbits, dtype) else "dequantize + matmul"
@@ -213,6 +219,10 @@ def _linear_gpu(name, tokens, layer, bias, nbits, num_critical_groups):
             from .gpu.gemv import gemv
 
             return gemv(tokens, *layer, bias, *constants)
+        if name == "triton: wgmma":
+            from .gpu.wgmma import wgmma
+
+            return wgmma(tokens, *layer, bias, *constants)
         if name == "triton: gemm":
             from .gpu.gemm import gemm
 

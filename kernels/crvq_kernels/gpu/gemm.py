@@ -27,6 +27,7 @@ def stage_kernel(
     GROUP: tl.constexpr,
     SCALED: tl.constexpr,
     DECODE: tl.constexpr,
+    MATRIX_ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Writes `BLOCK` channels of one token in the order of the virtual groups, padding groups as 0.
@@ -37,6 +38,9 @@ def stage_kernel(
 
     With `DECODE`, the programs of the first token also write the `num_entries` int8 entries of the codebooks as fp16:
     once here, and not at every code that `gemm_kernel` reads.
+
+    With `MATRIX_ORDER`, for groups of 8, the channels of every four groups lie in the order of `k` in a matrix
+    instruction, see "gemm" in kernels/README.md.
     """
     token = tl.program_id(0).to(tl.int64)
     if DECODE:
@@ -47,10 +51,15 @@ def stage_kernel(
                 tl.store(decoded_ptr + entry, decoded(entries), mask=entry < num_entries)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     group = channel // GROUP
+    element = channel % GROUP
+    if MATRIX_ORDER:
+        # k = 16 h + 8 b + 2 q + j of 32: channel 4 h + 2 b + j of the q-th of four groups
+        group = channel // 32 * 4 + channel % 8 // 2
+        element = channel % 32 // 8 * 2 + channel % 2
     past_base = group - num_groups
     source = tl.where(past_base >= 0, past_base % num_critical_groups, group)
     mask = group < num_virtual_groups
-    place = tl.load(order_ptr + source * GROUP + channel % GROUP, mask=mask, other=0).to(tl.int32)
+    place = tl.load(order_ptr + source * GROUP + element, mask=mask, other=0).to(tl.int32)
     x = tl.load(x_ptr + token * K + place, mask=mask, other=0.0)
     if SCALED:
         x = x.to(tl.float32)
@@ -194,6 +203,61 @@ def gemm_kernel(
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
 
 
+def stage(
+    x: Tensor,
+    channel_order: Tensor,
+    codebooks: Tensor,
+    num_codes: int,
+    group_counts: tuple[int, int],
+    dtype: torch.dtype,
+    decode: bool,
+    num_rows: int | None = None,
+    matrix_order: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Puts the channels of `x`, `[M, K]`, in the order of the virtual groups; see `stage_kernel`.
+
+    Args:
+        group_counts: base groups, and critical groups, at least 1.
+        dtype: of the result; float16 for float32 and bfloat16 that fits it once scaled.
+        decode: whether to make the codebooks, int8, float16.
+        num_rows: of the result; those past the tokens are unspecified. None for M.
+
+    Returns:
+        `[num_rows, width]`, width being that of all groups of whole tiles; what a token has to be multiplied by,
+        `[M]`, or None; the codebooks, contiguous.
+    """
+    num_tokens, in_features = x.shape
+    in_group_size = codebooks.shape[2]
+    width = triton.cdiv(num_codes, TILE_GROUPS) * TILE_GROUPS * in_group_size
+    scaled = x.dtype == torch.bfloat16 and dtype == torch.float16
+    staged = torch.empty(num_rows or num_tokens, width, dtype=dtype, device=x.device)
+    unscale = torch.empty(num_tokens, dtype=torch.float32, device=x.device) if scaled else None
+    stored = codebooks.contiguous()
+    codebooks = torch.empty(codebooks.shape, dtype=torch.float16, device=x.device) if decode else stored
+    blocks = stage_blocks(scaled)
+    stage_kernel[(num_tokens, triton.cdiv(width, blocks.channels))](
+        x.contiguous(),
+        channel_order.contiguous(),
+        stored,
+        staged,
+        unscale,
+        codebooks,
+        in_features,
+        codebooks.numel(),
+        width,
+        num_codes,
+        *group_counts,
+        GROUP=in_group_size,
+        SCALED=scaled,
+        DECODE=decode,
+        MATRIX_ORDER=matrix_order,
+        BLOCK=blocks.channels,
+        num_warps=blocks.num_warps,
+        num_stages=NUM_STAGES,
+    )
+    return staged, unscale, codebooks
+
+
 def gemm(
     x: Tensor,
     tiles: Tensor,
@@ -217,34 +281,16 @@ def gemm(
     group_counts = (in_features // in_group_size, max(num_critical_groups, 1))
     # fp16 codebooks are exact factors of fp16 products; what does not fit fp16 is multiplied in fp32.
     exact = x.dtype == torch.float32 or codebooks.dtype not in (torch.float16, torch.int8)
-    scaled = x.dtype == torch.bfloat16 and not exact
     blocks = gemm_blocks(num_tokens, out_features, in_group_size, exact, torch.version.hip is not None)
 
-    width = num_padded_groups * in_group_size
-    staged = torch.empty(num_tokens, width, dtype=torch.float32 if exact else torch.float16, device=x.device)
-    unscale = torch.empty(num_tokens, dtype=torch.float32, device=x.device) if scaled else None
-    decode = codebooks.dtype == torch.int8
-    stored = codebooks.contiguous()
-    codebooks = torch.empty(codebooks.shape, dtype=torch.float16, device=x.device) if decode else stored
-    stage = stage_blocks(scaled)
-    stage_kernel[(num_tokens, triton.cdiv(width, stage.channels))](
-        x.contiguous(),
-        channel_order.contiguous(),
-        stored,
-        staged,
-        unscale,
+    staged, unscale, codebooks = stage(
+        x,
+        channel_order,
         codebooks,
-        in_features,
-        codebooks.numel(),
-        width,
         num_codes,
-        *group_counts,
-        GROUP=in_group_size,
-        SCALED=scaled,
-        DECODE=decode,
-        BLOCK=stage.channels,
-        num_warps=stage.num_warps,
-        num_stages=NUM_STAGES,
+        group_counts,
+        torch.float32 if exact else torch.float16,
+        codebooks.dtype == torch.int8,
     )
     y = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
     width_of_high = high_bits(nbits)
@@ -258,7 +304,7 @@ def gemm(
         y,
         num_tokens,
         out_features,
-        width,
+        staged.shape[1],
         tiles.numel() * 8 // (8 + width_of_high),
         tiles.numel() * 8 // (8 + width_of_high) // (num_padded_groups * TILE_ROWS),
         num_padded_groups,
@@ -268,7 +314,7 @@ def gemm(
         GROUP=in_group_size,
         HIGH_BITS=width_of_high,
         HAS_BIAS=bias is not None,
-        SCALED=scaled,
+        SCALED=unscale is not None,
         WARPS=blocks.warps,
         WARP_ROWS=blocks.rows,
         BLOCK_M=blocks.tokens,

@@ -222,14 +222,19 @@ def sum_splits_kernel(
     partial_ptr,
     scales_ptr,
     bias_ptr,
+    unscale_ptr,
     y_ptr,
     N,
     num_splits,
     HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds up the partial sums of one token: partial `[num_splits, M, N]` fp32, scales, bias `[N]`, y `[M, N]`."""
+    """Adds up the partial sums of one token: partial `[num_splits, M, N]` fp32, scales, bias `[N]`, y `[M, N]`.
+
+    With `SCALED` sums are multiplied by the token's entry of unscale, `[M]`, fp32.
+    """
     token = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < N
@@ -237,7 +242,29 @@ def sum_splits_kernel(
     ptrs = partial_ptr + (splits.to(tl.int64) * tl.num_programs(1) + token) * N + rows[None, :]
     partial = tl.load(ptrs, mask=(splits < num_splits) & row_mask[None, :], other=0.0)
     y = tl.sum(partial, axis=0)
+    if SCALED:
+        y *= tl.load(unscale_ptr + token)
     store_rows(y_ptr + token * N, y, scales_ptr, bias_ptr, rows, row_mask, HAS_BIAS, False)
+
+
+def sum_splits(partial: Tensor, scales: Tensor, bias: Tensor | None, unscale: Tensor | None, y: Tensor) -> None:
+    """Writes the scaled sums of `partial` to `y`; all contiguous, shapes as in the kernel."""
+    num_splits, num_tokens, out_features = partial.shape
+    sum_splits_kernel[triton.cdiv(out_features, _SUM_BLOCK), num_tokens](
+        partial,
+        scales,
+        bias,
+        unscale,
+        y,
+        out_features,
+        num_splits,
+        HAS_BIAS=bias is not None,
+        SCALED=unscale is not None,
+        BLOCK_S=triton.next_power_of_2(num_splits),
+        BLOCK_N=_SUM_BLOCK,
+        num_warps=_SUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
 
 
 def gemv(
@@ -266,7 +293,7 @@ def gemv(
     num_codes = num_virtual_groups(in_features, in_group_size, num_codebooks, num_critical_groups)
     num_slices = triton.cdiv(num_codes, TILE_GROUPS)
     factors = dot_factors(x.dtype, codebooks.dtype)
-    blocks = gemv_blocks(num_tokens, out_features, num_slices, _num_processors(x.device), factors)
+    blocks = gemv_blocks(num_tokens, out_features, num_slices, num_processors(x.device), factors)
     scales = scales.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = torch.empty(num_tokens, out_features, dtype=x.dtype, device=x.device)
@@ -299,19 +326,7 @@ def gemv(
         num_stages=NUM_STAGES,
     )
     if split:
-        sum_splits_kernel[triton.cdiv(out_features, _SUM_BLOCK), num_tokens](
-            sums,
-            scales,
-            bias,
-            y,
-            out_features,
-            blocks.splits,
-            HAS_BIAS=bias is not None,
-            BLOCK_S=triton.next_power_of_2(blocks.splits),
-            BLOCK_N=_SUM_BLOCK,
-            num_warps=_SUM_WARPS,
-            num_stages=NUM_STAGES,
-        )
+        sum_splits(sums, scales, bias, None, y)
     return y
 
 
@@ -335,5 +350,6 @@ def dot_factors(x_dtype: torch.dtype, codebook_dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _num_processors(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
+    """Returns the multiprocessors of a GPU; on a CPU, where kernels are interpreted, those of an H100."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

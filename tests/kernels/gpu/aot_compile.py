@@ -21,7 +21,8 @@ from crvq_kernels.gpu.gemm import gemm
 from crvq_kernels.gpu.gemv import gemv
 from crvq_kernels.gpu.reorder import reorder
 from crvq_kernels.gpu.rows import rows_gemm
-from crvq_kernels.gpu.tuning import GemvBlocks
+from crvq_kernels.gpu.tuning import GemvBlocks, WgmmaBlocks, wgmma_blocks
+from crvq_kernels.gpu.wgmma import wgmma
 from crvq_kernels.packing import num_virtual_groups, tiled_size
 from machine_code import problems, read_amdgcn, read_sass, table
 from triton.backends.compiler import GPUTarget
@@ -91,6 +92,22 @@ CASES = {
     "fp16 d8 e8": lambda: dequantize_weight(*layer(), FP16, permuted=True),
     "bf16 d16 e12": lambda: dequantize_weight(*layer(16, 12), BF16, permuted=True),
     "fp32 d4 e10, original order": lambda: dequantize_weight(*layer(4, 10), FP32, permuted=False),
+}
+
+
+# Of the kernel that is written for an instruction of sm_90.
+WGMMA_CASES = {
+    f"M={tokens} fp16 d8 e8{' int8' * (dtype == INT8)}": lambda tokens=tokens, dtype=dtype: wgmma(
+        *linear_args(tokens, FP16, dtype=dtype), blocks=wgmma_blocks(tokens, 4096, 544, 132, True)[0]
+    )
+    for tokens, dtype in ((32, INT8), (64, INT8), (64, FP16), (128, INT8))
+} | {
+    "M=256 bf16 d8 e8 int8": lambda: wgmma(
+        *linear_args(256, BF16, dtype=INT8), blocks=WgmmaBlocks(128, 256, 8, 2, 3, splits=1)
+    ),
+    "M=128 fp16 d8 e8 int8, 128 rows of 4 warps": lambda: wgmma(
+        *linear_args(128, FP16, dtype=INT8), blocks=WgmmaBlocks(128, 128, 4, 2, 3, splits=2)
+    ),
 }
 
 
@@ -209,7 +226,11 @@ def compile_cases(cases: dict, targets: list[str]):
 
 
 def main() -> int:
-    results = [*compile_cases(CASES, list(TARGETS)), *compile_cases(MISTAKES, ["sm_90"])]
+    results = [
+        *compile_cases(CASES, list(TARGETS)),
+        *compile_cases(WGMMA_CASES, ["sm_90"]),
+        *compile_cases(MISTAKES, ["sm_90"]),
+    ]
     if "--json" in sys.argv:
         for row in results:
             print(json.dumps(row))

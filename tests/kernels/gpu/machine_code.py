@@ -13,6 +13,8 @@ _AMD_LOADS = {"dwordx4": 128, "dwordx2": 64, "dword": 32, "ushort": 16, "sshort"
 _CODE_LOAD_BITS = {"gemv_kernel": 128, "gemm_kernel": 32, "dequantize_kernel": 32}
 # Kernels that read what they read once, so that past the L1 cache is the way to read it.
 _READ_ONCE = {"rows_kernel"}
+# Kernels whose codewords are to stay in registers, and of which x alone is copied to shared memory, asynchronously.
+_FROM_REGISTERS = {"wgmma_kernel"}
 # What a program can have: of the CUDA targets the least, that of sm_86 and sm_89.
 _SHARED_BYTES = {"sm": 99 * 1024, "gfx": 64 * 1024}
 
@@ -34,7 +36,9 @@ def read_sass(sass: str, usage: str) -> dict:
         "shuffles": _count(code, "SHFL"),
         "main_loop_shuffles": _count(main, "SHFL"),
         "main_loop_lookups": _count(main, "LDS$"),  # of one fp32 number per thread
+        "main_loop_stores": _count(main, "STS"),
         "matrix_instructions": _count(code, "HMMA|HGMMA|IMMA"),
+        "main_loop_matrix_instructions": _count(main, "HMMA|HGMMA|IMMA"),
     }
 
 
@@ -59,7 +63,12 @@ def problems(row: dict) -> list[str]:
     limit = next(limit for family, limit in _SHARED_BYTES.items() if row["target"].startswith(family))
     if row["shared_bytes"] > limit:
         found.append(f"needs {row['shared_bytes']} bytes of shared memory, more than {limit}")
-    if row.get("bypassing_copies") and row["kernel"] not in _READ_ONCE:
+    if row["kernel"] in _FROM_REGISTERS:
+        if not row["bypassing_copies"]:
+            found.append("no asynchronous copies of x")
+        if row["main_loop_stores"]:
+            found.append(f"{row['main_loop_stores']} stores to shared memory in the main loop")
+    elif row.get("bypassing_copies") and row["kernel"] not in _READ_ONCE:
         found.append(f"{row['bypassing_copies']} asynchronous copies bypass the L1 cache")
     if row.get("main_loop_shuffles"):
         found.append(f"{row['main_loop_shuffles']} shuffles in the main loop")

@@ -47,7 +47,8 @@ def test_kernels_compile_into_good_code(compiled, target):
     """No spills, no narrow code loads, no gathers around the L1 cache, no shuffles in a main loop."""
     rows = [row for row in compiled if row["target"] == target and not row["mistake"]]
     kernels = {row["kernel"].removesuffix("_kernel") for row in rows}
-    assert kernels == {"gemv", "sum_splits", "stage", "gemm", "dequantize", "reorder", "rows"}
+    wgmma = {"wgmma"} if target == "sm_90" else set()
+    assert kernels == {"gemv", "sum_splits", "stage", "gemm", "dequantize", "reorder", "rows"} | wgmma
     assert {(row["case"], row["kernel"]): problems(row) for row in rows if problems(row)} == {}
 
 
@@ -59,6 +60,16 @@ def test_gemv_looks_each_code_up_once(compiled, target, case):
     assert row["main_loop_lookups"] == 32
     assert row["main_loop_loads"]["128"] == 2
     assert row["matrix_instructions"]
+
+
+def test_codewords_go_straight_into_wgmma(compiled):
+    """A step of 64 terms: two loads of codes, four codewords gathered, and four instructions take them from there."""
+    rows = {row["case"]: row for row in compiled if row["kernel"] == "wgmma_kernel"}
+    assert len(rows) == 6
+    for case in ("M=32 fp16 d8 e8 int8", "M=64 fp16 d8 e8 int8", "M=64 fp16 d8 e8"):
+        loads = rows[case]["main_loop_loads"]
+        assert loads["16"] == 2 and loads["64" if "int8" in case else "128"] == 4 and sum(loads.values()) == 6
+        assert rows[case]["main_loop_matrix_instructions"] == 4
 
 
 @pytest.mark.parametrize(
