@@ -46,7 +46,7 @@ def as_in_a_model(layer: Layer) -> Layer:
 
 
 def run(blocks) -> Callable[[Tensor, Layer], Tensor]:
-    from crvq_kernels.gpu.wgmma import wgmma
+    from crvq_kernels.hopper.wgmma import wgmma
 
     return lambda x, layer: wgmma(x, *layer.tensors, None, *layer.constants, blocks=blocks)
 
@@ -54,7 +54,7 @@ def run(blocks) -> Callable[[Tensor, Layer], Tensor]:
 def candidates(layer: Layer, tokens: int) -> tuple:
     """Returns the blocks to try for a layer, those that are chosen first."""
     from crvq_kernels.gpu.gemv import num_processors
-    from crvq_kernels.gpu.tuning import wgmma_blocks
+    from crvq_kernels.hopper.tuning import wgmma_blocks
     from crvq_kernels.packing import num_virtual_groups
 
     _, codebooks, scales, order = layer.tensors

@@ -60,7 +60,8 @@ def implementation(
     """
     device = torch.device(device)
     if uses_triton(device):
-        from .gpu.tuning import WGMMA_TOKENS, kernel_for, mma_gather_max_tokens
+        from .gpu.tuning import kernel_for, mma_gather_max_tokens
+        from .hopper.tuning import WGMMA_TOKENS
 
         if num_tokens <= mma_gather_max_tokens():
             from .gpu.mma_gather import serves
@@ -69,7 +70,7 @@ def implementation(
             if serves(device, num_tokens, in_features, dtype, *codebooks):
                 return "cuda: mma_gather"
         if num_tokens in WGMMA_TOKENS:
-            from .gpu.wgmma import serves
+            from .hopper.wgmma import serves
 
             if serves(device, dtype, codebook_dtype, (num_codebooks, codebook_size, in_group_size)):
                 return "triton: wgmma"
@@ -221,7 +222,7 @@ def _linear_gpu(name, tokens, layer, bias, nbits, num_critical_groups):
 
             return gemv(tokens, *layer, bias, *constants)
         if name == "triton: wgmma":
-            from .gpu.wgmma import wgmma
+            from .hopper.wgmma import wgmma
 
             return wgmma(tokens, *layer, bias, *constants)
         if name == "triton: gemm":

@@ -21,8 +21,9 @@ from crvq_kernels.gpu.gemm import gemm
 from crvq_kernels.gpu.gemv import gemv
 from crvq_kernels.gpu.reorder import reorder
 from crvq_kernels.gpu.rows import rows_gemm
-from crvq_kernels.gpu.tuning import GemvBlocks, WgmmaBlocks, wgmma_blocks
-from crvq_kernels.gpu.wgmma import wgmma
+from crvq_kernels.gpu.tuning import GemvBlocks
+from crvq_kernels.hopper.tuning import WgmmaBlocks, wgmma_blocks
+from crvq_kernels.hopper.wgmma import wgmma
 from crvq_kernels.packing import num_virtual_groups, tiled_size
 from machine_code import problems, read_amdgcn, read_sass, table
 from triton.backends.compiler import GPUTarget
