@@ -162,6 +162,9 @@ MISTAKES = {
     "3 stages": lambda: pipelined_kernel[(1,)](torch.empty(64, dtype=FP16), *bytes_and_floats(64), num_stages=3),
     "unaligned codes": unaligned_gemv,
     "1024 sums": crowded_gemv,
+    "1 stage of wgmma": lambda: wgmma(
+        *linear_args(64, FP16, dtype=INT8), blocks=WgmmaBlocks(64, 64, 4, 2, stages=1, splits=2)
+    ),
 }
 
 
