@@ -11,7 +11,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"crvq_kernels": ROOT / "kernels/crvq_kernels", "crvq_hf": ROOT / "crvq_hf"}
 # From the ground up: what lies directly in a package, a folder or a file, is a room.
 ROOMS = {
-    "crvq_kernels": ["packing", "reference", "portable", "cpu", "gpu", "code_search", "ops", "rows", "__init__"],
+    "crvq_kernels": [
+        "packing",
+        "reference",
+        "portable",
+        "cpu",
+        "gpu",
+        "hopper",
+        "code_search",
+        "ops",
+        "rows",
+        "__init__",
+    ],
     "crvq_hf": [
         "algorithm",
         "quantized_weight",

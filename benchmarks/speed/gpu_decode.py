@@ -46,14 +46,8 @@ FORMS = {"default": DEFAULT, "paper, int8": PAPER_INT8}
 REPETITIONS, REPEATS = 100, 9
 
 
-def as_in_a_model(layer: Layer) -> Layer:
-    """Returns the layer with its order as `CRVQLinear` keeps it on a GPU."""
-    *others, order = layer.tensors
-    return replace(layer, tensors=(*others, order.int() if order.dtype == torch.int16 else order))
-
-
 def random_layers(shape: tuple[int, int], form: Form) -> list[Layer]:
-    return [as_in_a_model(layer) for layer in kernels.rotated_layers(shape, form)]
+    return [kernels.as_in_a_model(layer) for layer in kernels.rotated_layers(shape, form)]
 
 
 def run(blocks: MmaGatherBlocks | None) -> Callable[[Tensor, Layer], Tensor]:
@@ -103,7 +97,7 @@ def check(deadline: float) -> list[str]:
     for (shape, form), dtype in product(CHECKED, CHECKED_DTYPES):
         if time.perf_counter() > deadline:
             return [*found, "there was no time to check everything"]
-        layer = as_in_a_model(kernels.random_layer(shape, "cuda", form=form))
+        layer = kernels.as_in_a_model(kernels.random_layer(shape, "cuda", form=form))
         dense, worst, count = layer.dense(), 0.0, 0
         # All blocks where they are compiled anyway; elsewhere the first.
         all_of_them = dtype == torch.float16 and form == DEFAULT and shape[1] > 256
@@ -134,7 +128,7 @@ def check(deadline: float) -> list[str]:
 
 def repeat_often() -> list[str]:
     """Returns which numbers of tokens have another result when they are multiplied again and again."""
-    layer, found = as_in_a_model(kernels.random_layer((4096, 4096), "cuda", form=DEFAULT)), []
+    layer, found = kernels.as_in_a_model(kernels.random_layer((4096, 4096), "cuda", form=DEFAULT)), []
     for tokens in TOKENS:
         x = torch.randn(tokens, 4096, device="cuda", dtype=torch.float16)
         first = run(None)(x, layer)
@@ -147,7 +141,7 @@ def repeat_often() -> list[str]:
 
 def through_the_operator() -> list[str]:
     """Returns for which numbers of tokens `crvq::linear`, in a CUDA graph on a stream of its own, has other bits."""
-    layer, found = as_in_a_model(kernels.random_layer((4096, 4096), "cuda", form=DEFAULT)), []
+    layer, found = kernels.as_in_a_model(kernels.random_layer((4096, 4096), "cuda", form=DEFAULT)), []
     with mock.patch.dict(os.environ, {"CRVQ_MMA_GATHER": str(max(TOKENS))}):
         for tokens in TOKENS:
             x = torch.randn(tokens, 4096, device="cuda", dtype=torch.float16)
@@ -203,7 +197,7 @@ def time_shape(shape: tuple[int, int], form_name: str, stamp: dict, deadline: fl
 
 def time_calls() -> None:
     """Prints what a call costs the host, which graphs leave out."""
-    layer = as_in_a_model(kernels.random_layer((576, 576), "cuda", form=DEFAULT))
+    layer = kernels.as_in_a_model(kernels.random_layer((576, 576), "cuda", form=DEFAULT))
     x = torch.randn(1, 576, device="cuda", dtype=torch.float16)
     for name, way in (("mma_gather", run(None)), ("gemm", kernels.run_gemm)):
         way(x, layer)

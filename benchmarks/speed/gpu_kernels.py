@@ -1,7 +1,7 @@
 """Random layers and the ways to multiply by them on a GPU: checked, and timed in CUDA graphs that take turns."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +99,12 @@ def rotated_layers(shape: tuple[int, int], form: Form = PAPER) -> list[Layer]:
     """Returns different layers on the GPU, as many as `num_layers` says."""
     layers = [random_layer(shape, "cuda", form=form)]
     return layers + [random_layer(shape, "cuda", form=form) for _ in range(num_layers(layers[0].nbytes) - 1)]
+
+
+def as_in_a_model(layer: Layer) -> Layer:
+    """Returns the layer with its order as `CRVQLinear` keeps it on a GPU."""
+    *others, order = layer.tensors
+    return replace(layer, tensors=(*others, order.int() if order.dtype == torch.int16 else order))
 
 
 def capture(way: Way, x: Tensor, layers: list) -> torch.cuda.CUDAGraph:

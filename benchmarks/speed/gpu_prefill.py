@@ -22,7 +22,7 @@ from torch import Tensor
 from ..common.rows import aligned, append
 from ..common.timing import relative_error
 from . import gpu_kernels as kernels
-from .layers import DEFAULT, PAPER, PAPER_INT8, Form, Layer
+from .layers import DEFAULT, PAPER, Form, Layer
 
 TOKENS = (32, 64, 128, 256, 512, 2048)
 # Output and input features, form: one layer as large as those of a model, and no even sizes.
@@ -31,7 +31,7 @@ CHECKED = (
     ((100, 72), DEFAULT),
     ((300, 520), Form(0, 0.0, 8)),
     ((300, 520), Form(2, 0.1, 8)),
-    ((1000, 1032), PAPER_INT8),
+    ((1000, 1032), replace(PAPER, codebook_bits=8)),
     ((1000, 1032), PAPER),
 )
 CHECKED_TOKENS = (17, 33, 64, 100, 128, 300)
@@ -39,14 +39,8 @@ REPETITIONS, REPEATS = 100, 5
 LONG_TOKENS = 2048  # from here on today's matrix kernel is slow anyway
 
 
-def as_in_a_model(layer: Layer) -> Layer:
-    """Returns the layer with its order as `CRVQLinear` keeps it on a GPU."""
-    *others, order = layer.tensors
-    return replace(layer, tensors=(*others, order.int() if order.dtype == torch.int16 else order))
-
-
 def run(blocks) -> Callable[[Tensor, Layer], Tensor]:
-    from crvq_kernels.gpu.wgmma import wgmma
+    from crvq_kernels.hopper.wgmma import wgmma
 
     return lambda x, layer: wgmma(x, *layer.tensors, None, *layer.constants, blocks=blocks)
 
@@ -54,7 +48,7 @@ def run(blocks) -> Callable[[Tensor, Layer], Tensor]:
 def candidates(layer: Layer, tokens: int) -> tuple:
     """Returns the blocks to try for a layer, those that are chosen first."""
     from crvq_kernels.gpu.gemv import num_processors
-    from crvq_kernels.gpu.tuning import wgmma_blocks
+    from crvq_kernels.hopper.tuning import wgmma_blocks
     from crvq_kernels.packing import num_virtual_groups
 
     _, codebooks, scales, order = layer.tensors
@@ -76,7 +70,7 @@ def check_piece(shape: tuple[int, int], form: Form, dtype: torch.dtype, tokens: 
         How many results were compared, their largest relative error, what is wrong.
     """
     torch.manual_seed(0)
-    layer = as_in_a_model(kernels.random_layer(shape, "cuda", form=form))
+    layer = kernels.as_in_a_model(kernels.random_layer(shape, "cuda", form=form))
     x = torch.randn(tokens, shape[1], device="cuda").to(dtype)
     expected = F.linear(x.float(), layer.dense())
     blocks = candidates(layer, tokens)[: None if all_blocks(shape, dtype) else 1]
@@ -130,7 +124,7 @@ def check(jobs: int, deadline: float) -> list[str]:
 
 def repeat_often() -> list[str]:
     """Returns which numbers of tokens have another result when they are multiplied again and again."""
-    layer, found = as_in_a_model(kernels.random_layer((4096, 4096), "cuda", form=DEFAULT)), []
+    layer, found = kernels.as_in_a_model(kernels.random_layer((4096, 4096), "cuda", form=DEFAULT)), []
     for tokens in TOKENS[:4]:
         x = torch.randn(tokens, 4096, device="cuda", dtype=torch.float16)
         try:
@@ -147,7 +141,7 @@ def repeat_often() -> list[str]:
 
 def time_shape(shape: tuple[int, int], stamp: dict, deadline: float) -> list[dict]:
     """Times all blocks of the kernel, today's ways and a dense layer; prints and returns rows."""
-    layers = [as_in_a_model(layer) for layer in kernels.rotated_layers(shape, DEFAULT)]
+    layers = [kernels.as_in_a_model(layer) for layer in kernels.rotated_layers(shape, DEFAULT)]
     dtype, rows = torch.float16, []
     dense = layers[0].dense().to(dtype)
     count = kernels.num_layers(dense.nbytes)

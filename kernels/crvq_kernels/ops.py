@@ -61,13 +61,14 @@ def implementation(
     device = torch.device(device)
     if uses_triton(device):
         from .gpu import mma_gather
-        from .gpu.tuning import WGMMA_TOKENS, kernel_for
+        from .gpu.tuning import kernel_for
+        from .hopper.tuning import WGMMA_TOKENS
 
         codebooks = codebook_dtype, (num_codebooks, codebook_size, in_group_size)
         if mma_gather.serves(device, num_tokens, in_features, dtype, *codebooks):
             return "cuda: mma_gather"
         if num_tokens in WGMMA_TOKENS:
-            from .gpu import wgmma
+            from .hopper import wgmma
 
             if wgmma.serves(device, dtype, *codebooks):
                 return "triton: wgmma"
@@ -220,7 +221,7 @@ def _linear_gpu(name, tokens, layer, bias, nbits, num_critical_groups):
 
             return gemv(tokens, *layer, bias, *constants)
         if name == "triton: wgmma":
-            from .gpu.wgmma import wgmma
+            from .hopper.wgmma import wgmma
 
             return wgmma(tokens, *layer, bias, *constants)
         if name == "triton: gemm":

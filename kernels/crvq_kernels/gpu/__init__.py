@@ -10,7 +10,7 @@
     mma_gather.*  1 to 16 tokens on int8 codebooks, in CUDA C++
     nvrtc.py      compiling and launching CUDA C++
 
-A file imports `packing` and files above it, nothing else of `crvq_kernels`. Only `ops` and `rows` call these, at the
-first CUDA tensor, beside tests and benchmarks: most import Triton, so this file imports none of them. A launcher
-checks nothing, since they have.
+A file imports `packing` and files above it, nothing else of `crvq_kernels`. Only `hopper`, `ops` and `rows` call
+these, at the first CUDA tensor, beside tests and benchmarks: most import Triton, so this file imports none of them. A
+launcher checks nothing, since they have.
 """

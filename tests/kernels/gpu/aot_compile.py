@@ -21,8 +21,9 @@ from crvq_kernels.gpu.gemm import gemm
 from crvq_kernels.gpu.gemv import gemv
 from crvq_kernels.gpu.reorder import reorder
 from crvq_kernels.gpu.rows import rows_gemm
-from crvq_kernels.gpu.tuning import GemvBlocks, WgmmaBlocks, wgmma_blocks
-from crvq_kernels.gpu.wgmma import wgmma
+from crvq_kernels.gpu.tuning import GemvBlocks
+from crvq_kernels.hopper.tuning import WgmmaBlocks, wgmma_blocks
+from crvq_kernels.hopper.wgmma import wgmma
 from crvq_kernels.packing import num_virtual_groups, tiled_size
 from machine_code import problems, read_amdgcn, read_sass, table
 from triton.backends.compiler import GPUTarget
@@ -161,6 +162,9 @@ MISTAKES = {
     "3 stages": lambda: pipelined_kernel[(1,)](torch.empty(64, dtype=FP16), *bytes_and_floats(64), num_stages=3),
     "unaligned codes": unaligned_gemv,
     "1024 sums": crowded_gemv,
+    "1 stage of wgmma": lambda: wgmma(
+        *linear_args(64, FP16, dtype=INT8), blocks=WgmmaBlocks(64, 64, 4, 2, stages=1, splits=2)
+    ),
 }
 
 

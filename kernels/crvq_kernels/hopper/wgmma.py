@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu.gemm import stage
+from ..gpu.gemv import num_processors, sum_splits
 from ..packing import INT8_UNITS, ROW_MULTIPLE, num_virtual_groups
 from ..packing import TILE_GROUPS as _TILE_GROUPS
 from ..packing import TILE_ROWS as _TILE_ROWS
-from .gemm import stage
-from .gemv import num_processors, sum_splits
 from .tuning import WgmmaBlocks, wgmma_blocks
 
 _UNIT = tl.constexpr(1 / INT8_UNITS)

@@ -5,9 +5,9 @@ import torch
 from crvq_kernels import encode_codebooks, linear_ref, ops
 
 pytest.importorskip("triton")
-from crvq_kernels.gpu import tuning  # noqa: E402
-from crvq_kernels.gpu.tuning import _WGMMA_BLOCKS, WgmmaBlocks, wgmma_blocks  # noqa: E402
-from crvq_kernels.gpu.wgmma import serves, wgmma  # noqa: E402
+from crvq_kernels.hopper import tuning  # noqa: E402
+from crvq_kernels.hopper.tuning import _WGMMA_BLOCKS, WgmmaBlocks, wgmma_blocks  # noqa: E402
+from crvq_kernels.hopper.wgmma import serves, wgmma  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP16, BF16, INT8 = torch.float16, torch.bfloat16, torch.int8
@@ -117,7 +117,7 @@ def test_what_it_serves():
 
 def test_it_runs_where_the_range_says(monkeypatch):
     monkeypatch.setattr(ops, "uses_triton", lambda device: True)
-    monkeypatch.setattr("crvq_kernels.gpu.wgmma.torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("crvq_kernels.hopper.wgmma.torch.cuda.get_device_capability", lambda device: (9, 0))
 
     def name(num_tokens, in_group_size=8):
         return ops.implementation("cuda", num_tokens, 4096, 4096, 256, 8, FP16, True, INT8, 2, in_group_size)
