@@ -165,7 +165,7 @@ def time_shape(shape: tuple[int, int], form_name: str, stamp: dict, deadline: fl
     dense = layers[0].dense().to(dtype)
     count = kernels.num_layers(dense.nbytes)
     dense_layers = [dense, *(torch.randn_like(dense) for _ in range(count - 1))]
-    lines = [["tokens", "way", "blocks", "us", "dense / it", "today / it"]]
+    lines = [kernels.HEAD]
     for tokens in TOKENS:
         if time.perf_counter() > deadline:
             break
@@ -184,13 +184,9 @@ def time_shape(shape: tuple[int, int], form_name: str, stamp: dict, deadline: fl
             name: statistics.median(some) / (count if name == kernels.DENSE else len(layers)) * 1e6
             for name, some in seconds.items()
         }
-        today = min(time for name, time in times.items() if name[0] in ("gemm", "gemv"))
-        for name, microseconds in sorted(times.items(), key=lambda item: item[1]):
-            way, blocks = (name, "") if name == kernels.DENSE else name
-            columns = {"form": form_name, **kernels.layer_columns(shape, dtype, tokens), "way": way, "blocks": blocks}
-            rows.append(stamp | columns | {"microseconds": round(microseconds, 2)})
-            ratios = [f"{times[kernels.DENSE] / microseconds:.2f}", f"{today / microseconds:.2f}"]
-            lines.append([str(tokens), way, blocks, f"{microseconds:.2f}", *ratios])
+        columns = stamp | {"form": form_name, **kernels.layer_columns(shape, dtype, tokens)}
+        more = kernels.rows_and_lines(times, columns, ("gemm", "gemv"))
+        rows, lines = rows + more[0], lines + more[1]
     print(f"\n{shape[0]} x {shape[1]}, {form_name}, {len(layers)} layers\n{aligned(lines)}", flush=True)
     return rows
 

@@ -47,7 +47,7 @@ def run(blocks) -> Callable[[Tensor, Layer], Tensor]:
 
 def candidates(layer: Layer, tokens: int) -> tuple:
     """Returns the blocks to try for a layer, those that are chosen first."""
-    from crvq_kernels.gpu.gemv import num_processors
+    from crvq_kernels.gpu.tuning import num_processors
     from crvq_kernels.hopper.tuning import wgmma_blocks
     from crvq_kernels.packing import num_virtual_groups
 
@@ -146,7 +146,7 @@ def time_shape(shape: tuple[int, int], stamp: dict, deadline: float) -> list[dic
     dense = layers[0].dense().to(dtype)
     count = kernels.num_layers(dense.nbytes)
     dense_layers = [dense, *(torch.randn_like(dense) for _ in range(count - 1))]
-    lines = [["tokens", "way", "blocks", "us", "dense / it", "today / it"]]
+    lines = [kernels.HEAD]
     for tokens in TOKENS:
         if time.perf_counter() > deadline:
             break
@@ -172,13 +172,9 @@ def time_shape(shape: tuple[int, int], stamp: dict, deadline: float) -> list[dic
             name: statistics.median(values) / (count if name == kernels.DENSE else len(some)) * 1e6
             for name, values in seconds.items()
         }
-        today = min(time for name, time in times.items() if name[0] in ("gemm", "dequantize + matmul"))
-        for name, microseconds in sorted(times.items(), key=lambda item: item[1]):
-            way, blocks = (name, "") if name == kernels.DENSE else name
-            columns = {"form": "default", **kernels.layer_columns(shape, dtype, tokens), "way": way, "blocks": blocks}
-            rows.append(stamp | columns | {"microseconds": round(microseconds, 2)})
-            ratios = [f"{times[kernels.DENSE] / microseconds:.2f}", f"{today / microseconds:.2f}"]
-            lines.append([str(tokens), way, blocks, f"{microseconds:.2f}", *ratios])
+        columns = stamp | {"form": "default", **kernels.layer_columns(shape, dtype, tokens)}
+        more = kernels.rows_and_lines(times, columns, ("gemm", "dequantize + matmul"))
+        rows, lines = rows + more[0], lines + more[1]
     print(f"\n{shape[0]} x {shape[1]}, {len(layers)} layers\n{aligned(lines)}", flush=True)
     return rows
 

@@ -24,23 +24,6 @@ ATTENTION = ("sdpa", "eager")
 CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
 
 
-def unfit(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> str | None:
-    """Returns why the loop cannot do what `generate` was asked for, None if it can.
-
-    Args: as `generate` hands them to a decoding method.
-    """
-    return unfit_model(model) or unfit_call(
-        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
-    )
-
-
 def unfit_model(model: PreTrainedModel) -> str | None:
     """Returns what of the model the loop cannot do."""
     if model.config.is_encoder_decoder:
@@ -64,7 +47,7 @@ def unfit_model(model: PreTrainedModel) -> str | None:
     return None
 
 
-def unfit_call(
+def unfit(
     model: PreTrainedModel,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
@@ -72,7 +55,13 @@ def unfit_call(
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> str | None:
-    """Returns what of the call the loop cannot do."""
+    """Returns why the loop cannot do what `generate` was asked for, None if it can.
+
+    Args: as `generate` hands them to a decoding method.
+    """
+    reason = unfit_model(model)
+    if reason is not None:
+        return reason
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return f"{mode.value} keeps more than one sequence or takes more than one token at a time"

@@ -211,6 +211,8 @@ def _linear_gpu(name, tokens, layer, bias, nbits, num_critical_groups):
 
             try:
                 return mma_gather(tokens, *layer, bias, *constants, written=written)
+            except torch.OutOfMemoryError:
+                raise  # of the device, not of the kernel
             except (OSError, RuntimeError) as error:
                 give_up(error)
             name = implementation(

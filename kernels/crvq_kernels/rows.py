@@ -52,7 +52,7 @@ def _rows_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     weight = weight.detach()  # of parameters that say another dtype than they have, the numbers
     _check(x, weight, scales)
     tokens = x.reshape(-1, x.shape[-1])
-    if uses_triton(x.device) and 0 < len(tokens) <= _max_triton_tokens():
+    if _reads_rows(tokens):
         from .gpu.rows import rows_gemm
 
         with torch.cuda.device_of(x):
@@ -78,10 +78,13 @@ def in_parts(tokens: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     return output
 
 
-def _max_triton_tokens() -> int:
-    from .gpu.tuning import ROWS_MAX_TOKENS
+def _reads_rows(tokens: Tensor) -> bool:
+    """Returns whether the Triton kernel runs: where a GPU has measured it."""
+    if tokens.dtype != torch.float16 or not uses_triton(tokens.device) or torch.version.hip is not None:
+        return False
+    from .gpu.tuning import MEASURED, ROWS_MAX_TOKENS
 
-    return ROWS_MAX_TOKENS
+    return 0 < len(tokens) <= ROWS_MAX_TOKENS and torch.cuda.get_device_capability(tokens.device) in MEASURED
 
 
 def _check(x: Tensor, weight: Tensor, scales: Tensor) -> None:

@@ -14,7 +14,7 @@ TOKENS = torch.tensor([[7, 8]])
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(default, "FASTER_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(default, "FASTER_ON", frozenset({("cpu", None)}))
 
 
 def used(model) -> bool:
@@ -24,8 +24,12 @@ def used(model) -> bool:
     return found
 
 
-def test_nothing_unmeasured_is_a_default(counting):
+def test_nothing_unmeasured_is_a_default(counting, monkeypatch):
     assert not is_default(torch.device("cpu"))
+    for capability in ((9, 0), (8, 9)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+            assert is_default(torch.device("cuda")) == (capability == (9, 0))
     assert torch.equal(generate(counting, TOKENS, **GREEDY, max_new_tokens=3), torch.tensor([[7, 8, 9, 10, 11]]))
     assert not used(counting)
 

@@ -50,16 +50,24 @@ def test_triton(make, dtype, tokens, size, channels, poisoned_empty):
     assert torch.equal(found, rows_gemm(x, numbers, scales.to(dtype)))
 
 
-def test_a_gpu_reads_the_rows_of_few_tokens_itself(make, monkeypatch):
-    if DEVICE == "cpu":
-        pytest.importorskip("triton")
-        monkeypatch.setattr(rows, "uses_triton", lambda device: True)
+def test_a_gpu_reads_the_rows_where_it_was_measured(make, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(rows, "uses_triton", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    in_parts = rows.in_parts
     monkeypatch.setattr(rows, "in_parts", None)
     numbers, scales = make(70, 64)
-    x = torch.randn(2, 64, device=DEVICE)
-    assert error(rows_linear(x, numbers, scales), x, numbers, scales) < 1e-6
-    with pytest.raises(TypeError):
-        rows_linear(torch.randn(1025, 64, device=DEVICE), numbers, scales)
+    x = torch.randn(2, 64, device=DEVICE).half()
+    assert error(rows_linear(x, numbers, scales), x, numbers, scales) < 1e-3
+    monkeypatch.setattr(rows, "in_parts", in_parts)
+    from crvq_kernels.gpu import rows as kernel
+
+    monkeypatch.setattr(kernel, "rows_gemm", None)
+    assert error(rows_linear(x.float(), numbers, scales), x, numbers, scales) < 1e-6
+    many = torch.randn(1025, 64, device=DEVICE).half()
+    assert error(rows_linear(many, numbers, scales), many, numbers, scales) < 1e-3
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert error(rows_linear(x, numbers, scales), x, numbers, scales) < 1e-3
 
 
 def test_gradients(make):

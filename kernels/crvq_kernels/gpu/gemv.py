@@ -4,8 +4,6 @@ All output rows multiply the same `x`, so a slice of virtual groups needs only t
 row: a table, from which each output row then sums one entry per code. See "`gemv`" in `kernels/README.md`.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from ..packing import ROW_MULTIPLE, TILE_GROUPS, TILE_ROWS, num_virtual_groups
 from .decode import decoded
-from .tuning import NUM_STAGES, gemv_blocks
+from .tuning import NUM_STAGES, gemv_blocks, num_processors
 
 GROUPS = tl.constexpr(TILE_GROUPS)
 ROWS = tl.constexpr(TILE_ROWS)
@@ -347,9 +345,3 @@ def dot_factors(x_dtype: torch.dtype, codebook_dtype: torch.dtype) -> str:
         if x_dtype == torch.bfloat16 and codebook_dtype == torch.float16 and not hip:
             return "bf16x2"
     return "fp32" if hip or torch.float32 in (x_dtype, codebook_dtype) else "tf32"
-
-
-@functools.cache
-def num_processors(device: torch.device) -> int:
-    """Returns the multiprocessors of a GPU; on a CPU, where kernels are interpreted, those of an H100."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

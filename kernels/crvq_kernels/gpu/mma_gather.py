@@ -6,6 +6,7 @@ See `mma_gather.cu` beside this file, and "`mma_gather`" in `kernels/README.md`.
 import ctypes
 import functools
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..packing import ROW_MULTIPLE, TILE_ROWS, num_virtual_groups
 from . import nvrtc
-from .tuning import MMA_GATHER_TOKENS, MmaGatherBlocks, mma_gather_blocks, mma_gather_max_tokens
+from .tuning import MMA_GATHER_TOKENS, MmaGatherBlocks, mma_gather_blocks, mma_gather_pays, num_processors
 
 logger = logging.getLogger("crvq")
 
@@ -73,9 +74,19 @@ def serves(
         and num_codebooks * in_features <= _MAX_ELEMENTS
         and torch.version.hip is None
         and _capability(device) >= (8, 0)
-        and num_tokens <= mma_gather_max_tokens(_capability(device))
+        and _is_wanted(device, num_tokens, in_features, dtype, num_codebooks)
         and _fits(device, num_tokens, num_codebooks)
     )
+
+
+def _is_wanted(
+    device: torch.device, num_tokens: int, in_features: int, dtype: torch.dtype, num_codebooks: int
+) -> bool:
+    """Returns whether CRVQ_MMA_GATHER asks for the kernel for so many tokens, or without it a GPU has measured it."""
+    most = os.environ.get("CRVQ_MMA_GATHER")
+    if most:
+        return num_tokens <= int(most)
+    return dtype == torch.float16 and mma_gather_pays(_capability(device), num_tokens, in_features, num_codebooks)
 
 
 @functools.cache
@@ -142,6 +153,8 @@ def mma_gather(
         raise RuntimeError(f"a program takes more than the {limit} bytes of shared memory that there are")
     blocks = fitting[0]
     dependent = blocks.dependent and not written and _capability(x.device) >= (9, 0)
+    # Outside of graphs the host is slower than launches, and who knows what has just written the layer.
+    dependent = dependent and torch.cuda.is_current_stream_capturing()
     shared_bytes = _shared_bytes(blocks, *sizes)
     gather, split = _kernels(macros(blocks, num_tokens, num_codebooks, order_bytes, x.dtype), x.device)
 
@@ -171,7 +184,7 @@ def mma_gather(
         arguments.digits, arguments.units = split_x.data_ptr(), split_x.data_ptr() + steps * columns * 32
         grid = (-(-steps * 4 // threads), num_tokens)
         split.launch(grid, threads, 4 * blocks.warps, arguments, stream, dependent)
-    programs = min(gather.programs(threads, shared_bytes), blocks.programs) * _num_processors(x.device)
+    programs = min(gather.programs(threads, shared_bytes), blocks.programs) * num_processors(x.device)
     grid = (min(-(-out_features // blocks.rows), programs), 1)
     gather.launch(grid, threads, shared_bytes, arguments, stream, dependent)
     return y
@@ -233,8 +246,3 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 def _readable(tensor: Tensor) -> Tensor:
     return (tensor if tensor.dtype in _TYPES else tensor.float()).contiguous()
-
-
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

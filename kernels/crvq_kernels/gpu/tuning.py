@@ -6,8 +6,9 @@ Triton turns the codebook gather into asynchronous copies that bypass the L1 cac
 """
 
 import functools
-import os
 from dataclasses import dataclass
+
+import torch
 
 NUM_STAGES = 1
 
@@ -157,8 +158,10 @@ def kernel_for(num_tokens: int, out_features: int, in_features: int, codebook_si
 
 
 MMA_GATHER_TOKENS = 16  # the most that the CUDA kernel is written for
-# GPUs, by compute capability, on which it was measured: there it was at least 1.2 times as fast as Triton's kernels.
-_MMA_GATHER_MEASURED = {(9, 0)}
+# Compute capabilities of the GPUs that have measured a kernel: of the H100.
+MEASURED = {(9, 0)}
+# Up to how many tokens it was at least 1.2 times as fast as Triton's kernels, by the number of codebooks.
+_MMA_GATHER_PAYS = {2: 16, 4: 8}
 _MMA_GATHER_WIDE, _MMA_GATHER_NARROW = 16384, 2048  # input features
 _MMA_GATHER_TALL = 8192  # output features
 # By the most tokens: rows, warps, steps ahead, programs, whether fused. The launcher takes the first that fits in
@@ -194,10 +197,13 @@ _MMA_GATHER_FOR_NARROW = {2: (32, 8, 9, 2, True), 4: (32, 16, 5, 2, False), 16: 
 _MMA_GATHER_FOR_TALL = {4: (32, 16, 5, 2, False)}
 
 
-def mma_gather_max_tokens(capability: tuple[int, int]) -> int:
-    """Returns up to how many tokens the CUDA kernel runs on a GPU; CRVQ_MMA_GATHER says another number."""
-    measured = MMA_GATHER_TOKENS if capability in _MMA_GATHER_MEASURED else 0
-    return int(os.environ.get("CRVQ_MMA_GATHER") or measured)
+def mma_gather_pays(capability: tuple[int, int], num_tokens: int, in_features: int, num_codebooks: int) -> bool:
+    """Returns whether a GPU has measured that the CUDA kernel is the faster one, for float16 tokens.
+
+    One token of a wide layer is as fast, or nearly, by Triton's tables.
+    """
+    many = num_tokens > 1 or in_features <= _MMA_GATHER_WIDE
+    return capability in MEASURED and many and num_tokens <= _MMA_GATHER_PAYS.get(num_codebooks, 0)
 
 
 @functools.cache
@@ -291,7 +297,7 @@ class RowsBlocks:
     num_stages: int
 
 
-# Tokens up to which the int8 rows are read straight, which was faster throughout; beyond nothing was measured.
+# Tokens up to which the int8 rows are read straight: faster throughout, for float16 tokens; beyond not measured.
 ROWS_MAX_TOKENS = 1024
 
 
@@ -301,3 +307,9 @@ def rows_blocks(num_tokens: int, element_size: int) -> RowsBlocks:
         return RowsBlocks(tokens=128, rows=128, channels=128 // element_size, num_warps=8, num_stages=3)
     tokens = next(size for size in (16, 32, 64) if num_tokens <= size)
     return RowsBlocks(tokens, rows=64, channels=256 // element_size, num_warps=4, num_stages=3)
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Returns the multiprocessors of a GPU; on a CPU, where kernels are interpreted, those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gpu.gemm import stage
-from ..gpu.gemv import num_processors, sum_splits
+from ..gpu.gemv import sum_splits
+from ..gpu.tuning import num_processors
 from ..packing import INT8_UNITS, ROW_MULTIPLE, num_virtual_groups
 from ..packing import TILE_GROUPS as _TILE_GROUPS
 from ..packing import TILE_ROWS as _TILE_ROWS

@@ -35,7 +35,7 @@ def emulator(monkeypatch):
 
     monkeypatch.setattr(nvrtc, "load", load)
     monkeypatch.setattr(nvrtc, "max_shared_bytes", lambda device: emulation.SHARED_BYTES)
-    monkeypatch.setattr(module, "_num_processors", lambda device: 2)
+    monkeypatch.setattr(module, "num_processors", lambda device: 2)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
 
 
@@ -206,7 +206,13 @@ def test_it_runs_by_itself_where_it_was_measured(on_cuda, monkeypatch):
     monkeypatch.delenv("CRVQ_MMA_GATHER")
     assert implementation("cuda:0", 1, dtype=FP16, codebook_dtype=torch.int8).startswith("triton: ")
     monkeypatch.setattr(module, "_capability", lambda device: (9, 0))
-    assert implementation("cuda:0", 16, dtype=FP16, codebook_dtype=torch.int8) == "cuda: mma_gather"
+
+    def runs(num_tokens, in_features=4096, dtype=FP16, num_codebooks=2):
+        sizes = (num_tokens, 4096, in_features, 256, 8, dtype, True, torch.int8, num_codebooks)
+        return implementation("cuda:0", *sizes) == "cuda: mma_gather"
+
+    assert runs(1) and runs(16) and runs(2, 28672) and runs(8, num_codebooks=4)
+    assert not any([runs(1, 28672), runs(16, num_codebooks=4), runs(1, dtype=BF16), runs(1, num_codebooks=3)])
 
 
 @pytest.mark.parametrize(
