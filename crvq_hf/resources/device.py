@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import psutil
 import torch
+from crvq_kernels import multiplies_bfloat16
 
 
 def compute_device(wanted: str | torch.device | None) -> torch.device:
@@ -22,14 +23,10 @@ def compute_device(wanted: str | torch.device | None) -> torch.device:
 
 
 def has_fast_bfloat16(device_type: str) -> bool:
-    """Returns whether this device computes products of bfloat16, in hardware.
-
-    It is looked up, not measured: runs on a busy machine must not differ from others.
-    """
+    """Returns whether this device computes products of bfloat16, in hardware."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private: where they are gone, fp32 it is
-    return device_type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in instructions)
+    return device_type == "cpu" and multiplies_bfloat16()
 
 
 def mixed_precision(device: torch.device, bfloat16: bool) -> AbstractContextManager:

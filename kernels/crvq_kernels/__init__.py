@@ -1,7 +1,7 @@
 """Kernels of the CRVQ linear layer: memory layout, reference, and PyTorch operators."""
 
 from .cpu import Layer as CPULayer
-from .cpu import why_not_better
+from .cpu import multiplies_bfloat16, why_not_better
 from .ops import dequantize, implementation, is_plain, is_transformed, linear, prefers_int8_codebooks, prefers_tiles
 from .packing import (
     channel_index,
@@ -32,6 +32,7 @@ __all__ = [
     "is_transformed",
     "linear",
     "linear_ref",
+    "multiplies_bfloat16",
     "num_virtual_groups",
     "pack_codes",
     "packed_width",

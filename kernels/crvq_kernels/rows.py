@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu import multiplies_bfloat16
+from .cpu import rows as cpu
 from .ops import is_transformed, uses_triton
 
 # Rows that are made dense at once: on a CPU what stays in the cache, on a GPU what fills it with work.
 _CHUNK_ELEMENTS = {"cpu": 2**19}
 _LARGE_CHUNK = 2**27
-_FEW_TOKENS = 8  # up to here PyTorch's int8 kernel for bfloat16 is faster than a dense multiplication
+_FEW_TOKENS = 32  # on a CPU: up to here the compiled kernel is faster than a dense product, benchmarks/speed/cpu.py
 
 
 def dequantize_rows(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,8 +59,8 @@ def _rows_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 
         with torch.cuda.device_of(x):
             output = rows_gemm(tokens, weight, scales)
-    elif x.is_cpu and x.dtype == torch.bfloat16 and 0 < len(tokens) <= _FEW_TOKENS:
-        output = torch._weight_int8pack_mm(tokens.contiguous(), weight.contiguous(), scales.to(torch.bfloat16))
+    elif x.is_cpu and 0 < len(tokens) <= _FEW_TOKENS and cpu.can_multiply(tokens, scales):
+        output = cpu.int8_rows(tokens, weight, scales)
     else:
         output = in_parts(tokens, weight, scales)
     return torch.ops.aten._unsafe_view(output.to(x.dtype), (*x.shape[:-1], len(weight)))
@@ -66,8 +68,9 @@ def _rows_linear(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 
 def in_parts(tokens: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """Returns `tokens @ dense.T` in the dtype it was summed in; tokens `[M, H]`, some rows made dense at a time."""
-    if tokens.is_cpu and tokens.dtype == torch.float16:
-        tokens = tokens.float()  # CPUs convert int8 to float32 fast, to float16 slowly
+    slow = (torch.float16,) if multiplies_bfloat16() else (torch.float16, torch.bfloat16)
+    if tokens.is_cpu and tokens.dtype in slow:  # a conversion and a product that take several times as long
+        tokens = tokens.float()
     output = tokens.new_empty(len(tokens), len(weight))
     for part in _parts(weight):
         if tokens.dtype == torch.float16:  # whose range sums of int8 products may leave

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from crvq_kernels import dequantize_rows, rows, rows_linear
+from crvq_kernels.cpu import INSTRUCTIONS, library
+from crvq_kernels.cpu.rows import int8_rows
 from torch.nn import functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,3 +105,41 @@ def test_what_does_not_fit_is_refused(change, sentence):
     arguments = {"x": torch.zeros(2, 8), "weight": torch.zeros(4, 8, dtype=torch.int8), "scales": torch.zeros(4)}
     with pytest.raises(ValueError, match=sentence):
         rows_linear(**arguments | change)
+
+
+@pytest.mark.skipif(library() is None, reason="no compiled kernel here")
+@pytest.mark.parametrize("level", INSTRUCTIONS)
+def test_compiled_kernel(make, level, monkeypatch):
+    """Any number of rows, tokens and channels; an output has the same bits whatever is computed beside it."""
+    own = library()
+    if INSTRUCTIONS.index(level) > own.supported:
+        pytest.skip(f"this processor has no {level}")
+    monkeypatch.setattr(own, "level", INSTRUCTIONS.index(level))
+    for size, channels in [(1, 1), (7, 63), (8, 64), (29, 200), (100, 1000)]:
+        numbers, scales = make(size, channels)
+        x = torch.randn(7, channels)
+        x[0] *= 1e4
+        found = int8_rows(x, numbers, scales)
+        expected = x.double() @ (numbers.double() * scales.double()[:, None]).T
+        assert ((found - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-5
+        for token in range(7):
+            assert torch.equal(found[token : token + 1], int8_rows(x[token : token + 1], numbers, scales))
+        assert torch.equal(found[2:5, 1:], int8_rows(x[2:5], numbers[1:], scales[1:]))
+    numbers, scales = make(3001, 300)
+    alone = int8_rows(x := torch.randn(3, 300), numbers, scales)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(alone, int8_rows(x, numbers, scales))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(library() is None, reason="no compiled kernel here")
+def test_the_compiled_kernel_runs_for_few_tokens(make, monkeypatch):
+    monkeypatch.setattr(rows, "in_parts", None)
+    numbers, scales = (tensor.cpu() for tensor in make(70, 64))
+    for dtype in TOLERANCES:
+        assert rows_linear(torch.randn(32, 64).to(dtype), numbers, scales.to(dtype)).dtype == dtype
+    with pytest.raises(TypeError, match="NoneType"):
+        rows_linear(torch.randn(33, 64), numbers, scales)

@@ -9,6 +9,7 @@
 #include "code_search.h"
 #include "dense_rows.h"
 #include "float_tables.h"
+#include "int8_rows.h"
 #include "numbers.h"
 
 #define TARGET __attribute__((target("avx2,fma,f16c")))
@@ -49,6 +50,10 @@ TARGET static void make(const layer *l, int64_t block, desk *desk) { make_float_
 
 TARGET int avx2_search(const crvq_search_call *c, int64_t row, int64_t row_end) { return search_rows(c, row, row_end); }
 
+TARGET void avx2_int8_rows(const crvq_rows_call *c, int64_t row, int64_t row_end) {
+    multiply_int8_rows(c, row, row_end);
+}
+
 const table_kind avx2_float_tables = {
     .entry_bytes = sizeof(float),
     .read_codebooks = read_codebooks,
@@ -62,6 +67,7 @@ const instruction_set avx2_set = {
     .write_floats = avx2_write_floats,
     .dequantize = avx2_dequantize,
     .search = avx2_search,
+    .int8_rows = avx2_int8_rows,
     .byte_codes = &avx2_float_tables,
     .wide_codes = &avx2_float_tables,
 };

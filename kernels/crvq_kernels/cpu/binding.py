@@ -20,12 +20,13 @@ from .address import address
 INSTRUCTIONS = ("scalar", "avx2", "vbmi")  # numbered as in instruction_set.h, each better than the one before
 CHOICES = (*INSTRUCTIONS, "torch")
 FILE = Path(__file__).with_name("libcrvq_cpu.so")
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ORDERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # crvq_call in call.h: what changes from call to call, and what belongs to the layer.
 _CALL = struct.Struct("2P3q4i")
 _LAYER = struct.Struct("5P2q10i")
 SEARCH_CALL = struct.Struct("7P7q4i")  # crvq_search_call
+ROWS_CALL = struct.Struct("4P3q4i")  # crvq_rows_call
 _WEIGHTS_PER_STEP = 2**20  # dequantized at a time
 
 
@@ -37,6 +38,7 @@ class Library:
         level: index into `INSTRUCTIONS` of what is used.
         linear, dequantize: C functions of a packed `crvq_call`; what they return is for `Layer`.
         search: C function of a packed `SEARCH_CALL`; returns 0, or another number for a code that is no codeword's.
+        int8_rows: C function of a packed `ROWS_CALL`.
     """
 
     def __init__(self, path: Path):
@@ -46,11 +48,11 @@ class Library:
             OSError: it cannot be loaded, or belongs to another version of this package.
         """
         library = ctypes.CDLL(str(path))
-        if library.crvq_call_size() != _CALL.size + _LAYER.size + SEARCH_CALL.size:
+        if library.crvq_call_size() != _CALL.size + _LAYER.size + SEARCH_CALL.size + ROWS_CALL.size:
             raise OSError(f"{path} was built from other sources; install crvq_hf again")
         self.linear, self.dequantize = library.crvq_linear, library.crvq_dequantize
-        self.search = library.crvq_search
-        for function in (self.linear, self.dequantize, self.search):
+        self.search, self.int8_rows = library.crvq_search, library.crvq_int8_rows
+        for function in (self.linear, self.dequantize, self.search, self.int8_rows):
             function.argtypes = [ctypes.c_char_p]
         self.supported = self.level = library.crvq_instructions()
 
@@ -135,7 +137,7 @@ class Layer:
         num_codebooks, codebook_size, in_group_size = codebooks.shape
         num_codes = num_virtual_groups(self.in_features, in_group_size, num_codebooks, num_critical_groups)
         if (
-            not all(tensor.dtype in _TYPES for tensor in floats)
+            not all(tensor.dtype in FLOAT_TYPES for tensor in floats)
             or channel_order.dtype not in _ORDERS
             or in_group_size not in (4, 8, 16)
             or not 0 < codebook_size <= 2**nbits
@@ -165,9 +167,9 @@ class Layer:
             nbits,
             num_critical_groups,
             channel_order.element_size(),
-            _TYPES[codebooks.dtype],
-            _TYPES[scales.dtype],
-            0 if bias is None else _TYPES[bias.dtype],
+            FLOAT_TYPES[codebooks.dtype],
+            FLOAT_TYPES[scales.dtype],
+            0 if bias is None else FLOAT_TYPES[bias.dtype],
             0,
         )
 
@@ -196,7 +198,7 @@ class Layer:
             MemoryError: no memory for the tables.
             ValueError: `x` is of another shape or dtype, or `channel_order` names a channel that is not there.
         """
-        shape, x_type = x.shape, _TYPES.get(x.dtype)
+        shape, x_type = x.shape, FLOAT_TYPES.get(x.dtype)
         if x_type is None or not shape or shape[-1] != self.in_features:
             raise ValueError(
                 f"x must be float and of shape [..., {self.in_features}], got {x.dtype} and {list(shape)}"

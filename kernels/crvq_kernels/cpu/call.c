@@ -183,4 +183,4 @@ int crvq_dequantize(const crvq_call *c) {
     return l.codebooks ? atomic_load(&l.status) : NO_MEMORY;
 }
 
-int crvq_call_size(void) { return (int)(sizeof(crvq_call) + sizeof(crvq_search_call)); }
+int crvq_call_size(void) { return (int)(sizeof(crvq_call) + sizeof(crvq_search_call) + sizeof(crvq_rows_call)); }

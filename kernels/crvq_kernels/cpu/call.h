@@ -61,8 +61,24 @@ typedef struct {
 /* Writes the codes. Returns OK or BAD_CODE. */
 EXPORT int crvq_search(const crvq_search_call *call);
 
+/* One product with rows of int8 numbers (rows.py packs the same fields in the same order). */
+typedef struct {
+    const float *x;        /* [tokens, channels] */
+    float *y;              /* [tokens, rows] */
+    const int8_t *numbers; /* [rows, channels] */
+    const void *scales;    /* [rows], one per row of the weight */
+    int64_t tokens, rows, channels;
+    int32_t scale_type;   /* FLOAT32, FLOAT16 or BFLOAT16 */
+    int32_t instructions; /* number of the instruction set, see instruction_set.h */
+    int32_t threads;
+    int32_t reserved;
+} crvq_rows_call;
+
+/* y = scales * (x @ numbers.T). Returns OK. */
+EXPORT int crvq_int8_rows(const crvq_rows_call *call);
+
 /* The number of the best instruction set of this processor. */
 EXPORT int crvq_instructions(void);
 
-/* Size of both arguments, so that binding.py can refuse a library that was built from other sources. */
+/* Size of all arguments, so that binding.py can refuse a library that was built from other sources. */
 EXPORT int crvq_call_size(void);

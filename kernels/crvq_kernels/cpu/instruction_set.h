@@ -38,6 +38,8 @@ typedef struct instruction_set {
     void (*dequantize)(layer *l, int64_t tile, int64_t tile_end);
     /* Codes of the rows from `row` to `row_end`. Returns OK or BAD_CODE. */
     int (*search)(const crvq_search_call *call, int64_t row, int64_t row_end);
+    /* Outputs of the rows from `row` to `row_end`. */
+    void (*int8_rows)(const crvq_rows_call *call, int64_t row, int64_t row_end);
     const table_kind *byte_codes; /* tables for codes of at most 8 bits */
     const table_kind *wide_codes; /* for longer ones */
 } instruction_set;

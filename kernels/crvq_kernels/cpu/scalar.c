@@ -3,6 +3,7 @@
 #include "code_search.h"
 #include "dense_rows.h"
 #include "float_tables.h"
+#include "int8_rows.h"
 #include "numbers.h"
 
 static int runs_here(void) { return 1; }
@@ -21,6 +22,8 @@ static void make(const layer *l, int64_t block, desk *desk) { make_float_tables(
 
 static int search(const crvq_search_call *c, int64_t row, int64_t row_end) { return search_rows(c, row, row_end); }
 
+static void int8_rows(const crvq_rows_call *c, int64_t row, int64_t row_end) { multiply_int8_rows(c, row, row_end); }
+
 static const table_kind float_tables = {
     .entry_bytes = sizeof(float),
     .read_codebooks = read_codebooks,
@@ -34,6 +37,7 @@ const instruction_set scalar_set = {
     .write_floats = write_floats,
     .dequantize = dequantize,
     .search = search,
+    .int8_rows = int8_rows,
     .byte_codes = &float_tables,
     .wide_codes = &float_tables,
 };

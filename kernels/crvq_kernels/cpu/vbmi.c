@@ -238,6 +238,7 @@ const instruction_set vbmi_set = {
     .write_floats = avx2_write_floats,
     .dequantize = avx2_dequantize,
     .search = avx2_search,
+    .int8_rows = avx2_int8_rows,
     .byte_codes = &byte_tables,
     .wide_codes = &avx2_float_tables,
 };

@@ -66,6 +66,26 @@ static intptr_t search(int instructions) {
     return different;
 }
 
+/* Whether two threads multiply as one does. */
+static intptr_t multiply(int instructions) {
+    enum { MANY = 4099, WIDTH = 100 };
+    float *x = malloc(TOKENS * WIDTH * 4), *y = malloc(TOKENS * MANY * 4), *first = malloc(TOKENS * MANY * 4);
+    float *scales = malloc(MANY * 4);
+    int8_t *numbers = malloc(MANY * WIDTH);
+    for (int i = 0; i < TOKENS * WIDTH; i++) x[i] = i * 7919 % 2001 / 300.0f;
+    for (int i = 0; i < MANY; i++) scales[i] = 1 + i % 7 / 8.0f;
+    for (int i = 0; i < MANY * WIDTH; i++) numbers[i] = (int8_t)(i % 4001 * 104729 % 255 - 127);
+    crvq_rows_call call = {
+        .x = x, .y = first, .numbers = numbers, .scales = scales, .tokens = TOKENS, .rows = MANY, .channels = WIDTH,
+        .instructions = instructions, .threads = 1,
+    };
+    intptr_t different = crvq_int8_rows(&call);
+    call.y = y, call.threads = 2;
+    different |= crvq_int8_rows(&call) || memcmp(first, y, TOKENS * MANY * 4) != 0;
+    free(x), free(y), free(first), free(scales), free(numbers);
+    return different;
+}
+
 int main(void) {
     int blocks = (CHANNELS / GROUP + (BOOKS - 1) * CRITICAL + TILE_GROUPS - 1) / TILE_GROUPS;
     size_t codes = (size_t)blocks * TILE_GROUPS * ROWS;
@@ -94,6 +114,7 @@ int main(void) {
             different |= (intptr_t)result;
         }
         different |= search(instructions);
+        different |= multiply(instructions);
     }
     free(tiles), free(codebooks), free(scales), free(order), free(x);
     puts(different ? "different results" : "done");

@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from conftest import make_layer  # noqa: E402
 from crvq_kernels import CPULayer, cpu, dequantize_ref, linear, linear_ref  # noqa: E402
 from crvq_kernels.cpu import binding  # noqa: E402
+from crvq_kernels.cpu.rows import int8_rows  # noqa: E402
 
 make = make_layer._get_wrapped_function()()
 binding.FILE = Path(sys.argv[1])
@@ -40,6 +41,12 @@ for level, shape in itertools.product(range(cpu.library().supported + 1), SHAPES
         assert y.dtype == dtype and (y - expected).norm() < 1e-2 * expected.norm()
     weight = CPULayer(*args, *layer.constants).dequantize(torch.bfloat16)
     assert torch.equal(weight, dequantize_ref(*layer.tensors, *layer.constants, torch.bfloat16))
+for level, dtype in itertools.product(range(cpu.library().supported + 1), DTYPES):
+    cpu.library().level = level
+    numbers = torch.randint(-127, 128, (2009, 201), dtype=torch.int8)
+    x, scales = torch.randn(7, 201, dtype=dtype), torch.rand(2009, dtype=dtype)
+    expected = x.double() @ (numbers.double() * scales.double()[:, None]).T
+    assert (int8_rows(x, numbers, scales) - expected).norm() < 1e-5 * expected.norm()
 print("done", flush=True)
 
 allocate, binding.address = torch.empty, lambda tensor, dtype, numel: tensor.data_ptr()
