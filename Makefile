@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 test: export OMP_WAIT_POLICY := PASSIVE
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test sweep check style wheel clean
+.PHONY: demo test test-slow sweep check style wheel clean
 
 demo: .venv/.demo
 	$(BIN)/crvq demo
@@ -14,6 +14,10 @@ demo: .venv/.demo
 # A process a core; in it one thread, or they would be in each other's way.
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
+
+# What takes a minute and more, and shows what shorter tests show in other circumstances; before a release.
+test-slow: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # Every architecture that transformers knows, one after the other; hours. Writes tests/architectures/SWEEP.md.
 sweep: .venv/.dev

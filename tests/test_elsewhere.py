@@ -17,7 +17,10 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "grad"), [("bfloat16", "no_grad"), ("float64", "inference_mode")])
+@pytest.mark.parametrize(
+    ("dtype", "grad"),
+    [("bfloat16", "no_grad"), pytest.param("float64", "inference_mode", marks=pytest.mark.slow)],
+)
 def test_suites_pass_under(dtype, grad):
     left_out = " or ".join(name for names in LEFT_OUT.values() for name in names)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "elsewhere", "-p", "no:cacheprovider", *SUITES]

@@ -36,7 +36,7 @@ def usual() -> str:
     return fingerprint(dict(os.environ))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["oldest", pytest.param("AVX2", marks=pytest.mark.slow)])
 def test_on_another_code_path(path, usual, tmp_path):
     environment = os.environ | PATHS[path]
     if fingerprint(environment) == usual:

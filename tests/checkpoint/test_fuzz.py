@@ -23,8 +23,8 @@ from crvq_hf.checkpoint.headers import (
 from crvq_hf.checkpoint.verify import verify
 from crvq_hf.config import FIELDS
 
-MANY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-FEWER = settings(MANY, max_examples=150)
+MANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEWER = settings(MANY, max_examples=80)
 
 numbers = st.integers(-(2**70), 2**70) | st.floats() | st.sampled_from([0, 1, 2, 4, 8, 16])
 plain = st.none() | st.booleans() | numbers | st.text(max_size=8)
