@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -145,13 +153,15 @@ def load_dense(
 ) -> tuple[PreTrainedModel, Any]:
     """Returns a dense model on the CPU, in the dtype it is stored in, and its tokenizer, None if it has none.
 
+    In place of the tokenizer it is the processor of a model that reads something else than text.
+
     Args:
         source: folder or hub id.
         gguf_file: name of a GGUF file in it; its weights become bfloat16.
         options: loading options.
 
     Raises:
-        ValueError: the checkpoint is an adapter, already quantized, or no causal language model.
+        ValueError: the checkpoint is an adapter, already quantized, or no model that transformers knows.
         OSError: there is no such model.
     """
     options = options or {}
@@ -163,16 +173,28 @@ def load_dense(
             f"{source} is a PEFT adapter; merge it into its base model first (model.merge_and_unload(), then "
             "save_pretrained), and give that folder."
         )
-    stored = getattr(AutoConfig.from_pretrained(source, **options), "quantization_config", None)
+    config = AutoConfig.from_pretrained(source, **options)
+    stored = getattr(config, "quantization_config", None)
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
         raise ValueError(f"{source} is already quantized ({method}); start from the dense model.")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
+    model = _class_of(config).from_pretrained(source, dtype="auto", **options)
+    reader = AutoTokenizer if model.main_input_name == "input_ids" else AutoProcessor
     try:
-        return model, AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        logger.warning("%s has no tokenizer that transformers can load: %s", source, error)
+        return model, reader.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        what = "tokenizer" if reader is AutoTokenizer else "processor"
+        logger.warning("%s has no %s that transformers can load: %s", source, what, error)
         return model, None
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    """Returns what loads a model with its head: its own class where it is an encoder-decoder, or writes no text."""
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping.keys()
+    own = getattr(transformers, (config.architectures or [""])[0], None)
+    if own is None or (is_causal and not config.is_encoder_decoder):
+        return AutoModelForCausalLM
+    return own
 
 
 def load(

@@ -33,7 +33,8 @@ def quantize_model(
     Args:
         model: changed in place, and put into evaluation mode. It must be on one device; the CPU will do, blocks move
             to the compute device one at a time.
-        tokenizer: tokenizer or its name, for calibration text; the one that came with the model by default.
+        tokenizer: tokenizer or its name, or processor, for calibration text or sound; what came with the model by
+            default.
         config: how to quantize, the defaults of `CRVQConfig` if None.
         options: what `from_pretrained` needs to load that tokenizer, as `revision`, `subfolder`, `trust_remote_code`.
 
@@ -86,7 +87,7 @@ def quantize_(
         config, dense_rows = choose_layers(model, config)
         tokenizer = config.tokenizer if tokenizer is None else tokenizer
         options = known_options(model) | (options or {})
-        quantize_blocks_(model, tokenizer_for(model, config, tokenizer, options), config)
+        quantize_blocks_(model, tokenizer_for(model, config, tokenizer, options), config, options)
     except BaseException:
         mark_quantized(model, False)
         raise

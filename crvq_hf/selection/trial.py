@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks.finding import kind_of
-from ..blocks.runner import run_on_text
+from ..blocks.runner import run_on
 
 logger = logging.getLogger("crvq")
 
@@ -57,7 +57,7 @@ class Findings:
 @torch.no_grad()
 def run_on_trial(model: nn.Module) -> None:
     """Runs a transformers model on a few tokens of text."""
-    run_on_text(model, _tokens(model))
+    run_on(model, {"input_ids": _tokens(model)})
 
 
 def _tokens(model: nn.Module) -> Tensor:
@@ -167,7 +167,7 @@ def _check_new_one(model: nn.Module) -> None:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             new = type(model)(copy.deepcopy(model.config)).eval()
         with _Unchanged(new):
-            run_on_text(new, _tokens(model).to("meta"))
+            run_on(new, {"input_ids": _tokens(model).to("meta")})
     except _Change as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # whatever a model raises that has no numbers
