@@ -25,7 +25,10 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     kind = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{kind} is an encoder-decoder model and has two lists of blocks, where one is wanted.")
-    lists = _lists(_text_modules(model)) or _lists(model.named_modules())  # the latter where it reads no text at all
+    lists = _lists(_text_modules(model))
+    if not lists:  # it reads no text; convolutions alone are no blocks
+        all_lists = _lists(model.named_modules()).items()
+        lists = {name: each for name, each in all_lists if any(hasattr(m, "in_features") for m in each.modules())}
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     prefix = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
     if prefix and any(name.startswith(prefix) for name in lists):

@@ -153,7 +153,7 @@ def load_dense(
 ) -> tuple[PreTrainedModel, Any]:
     """Returns a dense model on the CPU, in the dtype it is stored in, and its tokenizer, None if it has none.
 
-    In place of the tokenizer it is the processor of a model that reads something else than text.
+    In place of the tokenizer it is the processor, where a model that also reads something else than text has one.
 
     Args:
         source: folder or hub id.
@@ -178,19 +178,20 @@ def load_dense(
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
         raise ValueError(f"{source} is already quantized ({method}); start from the dense model.")
-    model = _class_of(config).from_pretrained(source, dtype="auto", **options)
-    reader = AutoTokenizer if model.main_input_name == "input_ids" else AutoProcessor
-    try:
-        return model, reader.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        what = "tokenizer" if reader is AutoTokenizer else "processor"
-        logger.warning("%s has no %s that transformers can load: %s", source, what, error)
-        return model, None
+    kind = _class_of(config)
+    model, problem = kind.from_pretrained(source, dtype="auto", **options), None
+    for reader in (AutoTokenizer,) if kind is AutoModelForCausalLM else (AutoProcessor, AutoTokenizer):
+        try:
+            return model, reader.from_pretrained(source, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            problem = problem or error
+    logger.warning("%s has no tokenizer that transformers can load: %s", source, problem)
+    return model, None
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
     """Returns what loads a model with its head: its own class where it is an encoder-decoder, or writes no text."""
-    is_causal = type(config) in AutoModelForCausalLM._model_mapping.keys()
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
     own = getattr(transformers, (config.architectures or [""])[0], None)
     if own is None or (is_causal and not config.is_encoder_decoder):
         return AutoModelForCausalLM

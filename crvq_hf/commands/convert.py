@@ -222,7 +222,7 @@ def _inputs(source: str, config: CRVQConfig, gguf_file: str | None, options: dic
         tokenizer = source_hash(name, options=general) or hashlib.sha256(name.encode()).hexdigest()
     return {
         "the model's files": source_hash(source, gguf_file, options),
-        "the calibration text": dataset_fingerprint(config.dataset),
+        "the calibration data": dataset_fingerprint(config.dataset),
         "the tokenizer": tokenizer if isinstance(tokenizer, str) else None,
     }
 

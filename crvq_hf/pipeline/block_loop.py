@@ -9,6 +9,7 @@ layers of a stage. All have the same blocks, those that one process alone would 
 
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..blocks.finding import kind_of, named_blocks
 from ..blocks.rehearsal import rehearse
-from ..blocks.runner import BlockRunner, Inputs, State
+from ..blocks.runner import BlockRunner, Gave, Inputs, State
 from ..config import CRVQConfig
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import quantizable_linears, unmatched_patterns
@@ -31,25 +32,22 @@ from .calibration import calibration_tokens
 from .fingerprint import default_work_dir, run_fingerprint
 from .quantize_block import quantize_block_
 from .run import Run, check_finite
-from .samples import completed, given_samples
+from .samples import SHORT, completed
 from .streams import Samples, Stream, num_elements, share, start_streams
 
 logger = logging.getLogger("crvq")
 
-_SHORT = 8  # tokens that a model writes for the rehearsal
 E2E_LEARNING_RATE = 2e-3  # found by measurement on SmolLM2-135M (benchmarks/LOG.md)
 
 
-def quantize_blocks_(
-    model: nn.Module, tokenizer: Any, config: CRVQConfig, options: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig, samples: list[Inputs]) -> dict[str, Any]:
     """Quantizes the linears of a model's decoder blocks in place.
 
     Args:
         model: a causal language model in eval mode, on one device.
-        tokenizer: for calibration text; see `calibration_tokens`. For sound files, see `hear`.
+        tokenizer: for calibration text; see `calibration_tokens`.
         config: see `CRVQConfig`. Without `work_dir`, finished blocks go to a folder under the Hugging Face cache.
-        options: that the model was loaded with.
+        samples: to calibrate on instead of text, see `given_samples`; none for text.
 
     Returns:
         The report, JSON-able, also left at `model.crvq_report`: `bits_per_weight` (stored bits over the quantized
@@ -71,10 +69,9 @@ def quantize_blocks_(
         raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
     by_block = [[n.removeprefix(f"{block}.") for n in linears if n.startswith(f"{block}.")] for block in names]
     _check_weights(linears)
-    samples = given_samples(model, tokenizer, config, options or {})
     runner = None
     if config.dataset is not None:
-        runner = rehearse(model, completed(model, samples[:3], _SHORT, device))
+        runner = rehearse(model, completed(model, samples[:3], SHORT, device))
     fingerprint = run_fingerprint(model, tokenizer, config, samples)
     if runner is not None:
         _tell_what_is_left_out(runner, names)
@@ -205,10 +202,25 @@ def _advance(run: Run, index: int, full: Stream | None, quantized: Stream | None
 def _move_stream(run: Run, index: int, stream: Stream) -> None:
     """Moves a stream past block `index`."""
     start = time.perf_counter()
-    stream.move(index, partial(run.call_block, index))
+    call = partial(run.call_block, index)
+    stream.move(index, partial(_naming_the_sample, call) if isinstance(stream.samples, list) else call)
     for state in stream.states:
         check_finite(state.hidden, f"{run.names[index]}", "output")
     run.timed("running blocks", start)
+
+
+def _naming_the_sample(call: Callable[[State], Gave], state: State) -> Gave:
+    """Runs a block; says which sample the model does not take. The first block is before all that takes long."""
+    try:
+        return call(state)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model raises
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in state.inputs.items())
+        raise ValueError(
+            f"A sample of dataset with {shapes} cannot be run ({type(error).__name__}: "
+            f"{' '.join(str(error).split()):.200}); take it out, or make it like those that can."
+        ) from error
 
 
 def _finetune_end_to_end(run: Run, states: list[State]) -> dict[str, float]:

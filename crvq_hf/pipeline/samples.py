@@ -17,6 +17,7 @@ from .text import check_tokens, longest_text
 
 logger = logging.getLogger("crvq")
 
+SHORT = 8  # tokens that are written for a sample that is only tried
 _IGNORED = -100  # a label that does not count
 
 
