@@ -189,6 +189,16 @@ def load_dense(
     return model, None
 
 
+def _check_causal(source: str, options: dict[str, Any]) -> None:
+    """Raises ValueError if a model is an encoder with a decoder: alone, that would write about nothing."""
+    kind = _class_of(config := AutoConfig.from_pretrained(source, **options))
+    if config.is_encoder_decoder and kind is not AutoModelForCausalLM:
+        raise ValueError(
+            f"{source} is a {kind.__name__}, whose decoder writes about what its encoder reads; crvq runs decoders on "
+            f"text alone, so load it in Python: transformers.{kind.__name__}.from_pretrained({source!r})."
+        )
+
+
 def _class_of(config: PreTrainedConfig) -> Any:
     """Returns what loads a model with its head: its own class where it is an encoder-decoder, or writes no text."""
     is_causal = type(config) in AutoModelForCausalLM._model_mapping
@@ -215,7 +225,7 @@ def load(
         options: loading options.
 
     Raises:
-        ValueError, OSError: there is no such model or device, or no tokenizer beside it.
+        ValueError, OSError: there is no such model or device, or no tokenizer beside it, or it is no decoder.
     """
     check_source(source)
     options = options or {}
@@ -232,5 +242,6 @@ def load(
                 f"{source} has no tokenizer that transformers can load; put that of the model it was made of beside "
                 f"it: AutoTokenizer.from_pretrained(BASE).save_pretrained({source!r})."
             ) from error
+        _check_causal(source, options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     return model.to(place).eval(), tokenizer

@@ -10,6 +10,7 @@ from tiny import TEXT, tiny_model, tiny_tokenizer
 from whole_models import OFF, quantized_layers
 
 from crvq_hf import CRVQConfig
+from crvq_hf.checkpoint.sources import load
 from crvq_hf.commands.convert import convert
 from crvq_hf.pipeline.fingerprint import dataset_fingerprint
 from crvq_hf.pipeline.samples import given_samples
@@ -55,6 +56,9 @@ def test_recordings_become_a_quantized_whisper(hearing, tmp_path):
     assert len(quantized_layers(model)) == 16
     assert model.generate(**heard, max_new_tokens=3, decoder_input_ids=torch.tensor([[0]])).shape[0] == 1
     assert convert(str(hearing), out, CRVQConfig(dataset=str(folder), **fields)) == report
+    for source in (str(hearing), str(out)):
+        with pytest.raises(ValueError, match="is a WhisperForConditionalGeneration, whose decoder writes about what"):
+            load(source)
     write_wave(folder / "1.wav", 700)
     with pytest.raises(ValueError, match="the calibration data changed since"):
         convert(str(hearing), out, CRVQConfig(dataset=str(folder), **fields))
