@@ -191,7 +191,7 @@ def shareable_dataset(dataset: list[Any] | str | None) -> str | None:
     if has_samples(dataset):
         return f"{len(dataset)} samples"
     if isinstance(dataset, list):
-        return f"{len(dataset)} texts"
+        return f"{len(dataset)} {'files' if all(map(os.path.isfile, dataset)) else 'texts'}"
     if dataset and (os.path.isabs(dataset) or os.path.exists(split_field(dataset)[0])):
         return os.path.basename(os.path.normpath(dataset))
     return dataset

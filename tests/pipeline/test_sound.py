@@ -12,6 +12,7 @@ from whole_models import OFF, quantized_layers
 from crvq_hf import CRVQConfig
 from crvq_hf.checkpoint.sources import load
 from crvq_hf.commands.convert import convert
+from crvq_hf.config import shareable_dataset
 from crvq_hf.pipeline.fingerprint import dataset_fingerprint
 from crvq_hf.pipeline.samples import given_samples
 from crvq_hf.pipeline.sound import hear, read_sound, resampled, sound_files
@@ -97,6 +98,7 @@ def test_which_files_are_sound(tmp_path):
     assert [str(path) for path in sound_files(paths[0])] == paths[:1]
     for text in (None, "self", "wikitext2", str(folder / "0.txt"), [TEXT], "a.wav\nb.wav", [{"a": 1}]):
         assert sound_files(text) is None
+    assert shareable_dataset(paths) == "3 files" and shareable_dataset([TEXT]) == "1 texts"
     before = dataset_fingerprint(str(folder))
     (folder / "1.txt").write_text("jugs")
     assert dataset_fingerprint(str(folder)) != before
