@@ -103,17 +103,45 @@ def _names(name: str, value: Any) -> list[str] | None:
     return names
 
 
-def _dataset(name: str, value: Any) -> list[str] | str | None:
+def has_samples(dataset: Any) -> bool:
+    """Returns whether a `dataset` is a list of dicts of what a model's forward takes."""
+    return isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], dict)
+
+
+def _sample(number: int, value: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns what a model is given of a sample, arrays and lists of numbers as tensors."""
+    sample = {}
+    for key, item in value.items():
+        try:
+            sample[str(key)] = item if isinstance(item, torch.Tensor) else torch.as_tensor(item)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"dataset is a list of dicts, each as model(**sample) takes it, but {key!r} of sample {number} is no "
+                f"tensor but {type(item).__name__} {' '.join(repr(item).split()):.60}."
+            ) from None
+    empty = [key for key, tensor in sample.items() if not tensor.numel() or not tensor.dim()]
+    if empty or not sample:
+        raise ValueError(
+            f"Sample {number} of dataset has {f'no batch or nothing in {empty[0]!r}' if empty else 'nothing in it'}; "
+            "give dicts of tensors, each as model(**sample) takes it."
+        )
+    return sample
+
+
+def _dataset(name: str, value: Any) -> list[dict[str, torch.Tensor]] | list[str] | str | None:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if value is None or (isinstance(value, str) and value):
         return value
-    texts = _list(value)
-    if texts and all(isinstance(item, str) for item in texts):
-        return texts
+    items = _list(value)
+    if items and all(isinstance(item, (str, os.PathLike)) for item in items):
+        return [os.fspath(item) for item in items]
+    if items and all(isinstance(item, Mapping) for item in items):
+        return [_sample(number, item) for number, item in enumerate(items)]
     raise ValueError(
-        f"{name} must be 'self', 'wikitext2', 'c4', the path of a text file, path:field of a table, a non-empty list "
-        f"or column of texts or None, got {type(value).__name__} {' '.join(repr(value).split()):.80}."
+        f"{name} must be 'self', 'wikitext2', 'c4', the path of a text file, path:field of a table, a folder of sound "
+        "files, a non-empty list or column of texts, a list of dicts of what the model takes, or None, "
+        f"got {type(value).__name__} {' '.join(repr(value).split()):.80}."
     )
 
 
@@ -158,10 +186,12 @@ def split_field(dataset: str) -> tuple[str, str | None]:
     return (path, field) if is_split else (dataset, None)
 
 
-def shareable_dataset(dataset: list[str] | str | None) -> str | None:
+def shareable_dataset(dataset: list[Any] | str | None) -> str | None:
     """Returns a `dataset` without the user's texts and folders: how many texts, the last component of a path."""
+    if has_samples(dataset):
+        return f"{len(dataset)} samples"
     if isinstance(dataset, list):
-        return f"{len(dataset)} texts"
+        return f"{len(dataset)} {'files' if all(map(os.path.isfile, dataset)) else 'texts'}"
     if dataset and (os.path.isabs(dataset) or os.path.exists(split_field(dataset)[0])):
         return os.path.basename(os.path.normpath(dataset))
     return dataset
@@ -205,14 +235,19 @@ class CRVQConfig(QuantizationConfigMixin):
         "what makes a channel critical: 'weight_activation', 'weight' or 'random'",
         _one_of("weight_activation", "weight", "random"),
     )
-    dataset: list[str] | str | None = _option(
+    dataset: list[dict[str, torch.Tensor]] | list[str] | str | None = _option(
         "self",
         "calibration text: 'self' (written by the model), 'wikitext2', 'c4', a path (of a table: path:field), "
-        "a list of texts, or None",
+        "a list of texts, or None; for models that hear, a folder of sound files; for any model, a list of dicts, "
+        "each a batch as model(**sample) takes it",
         _dataset,
     )
-    nsamples: int = _option(64, "calibration sequences for fitting and tuning block by block", _integer(1))
-    seqlen: int = _option(256, "tokens per calibration sequence", _integer(1))
+    nsamples: int = _option(
+        64, "calibration sequences (sound files, dicts) for fitting and tuning block by block", _integer(1)
+    )
+    seqlen: int = _option(
+        256, "tokens per calibration sequence; at most, where the model writes what is said", _integer(1)
+    )
     seed: int = _option(0, "seed of everything random", _integer(0))
     embedding_bits: int = _option(
         16, "8 stores embeddings and lm_head as int8 with a scale per row, 16 leaves them as they are", _one_of(16, 8)
@@ -282,7 +317,10 @@ class CRVQConfig(QuantizationConfigMixin):
         undecided = ("bits",) if self.bits is None else BUDGETED
         # Readers of older formats do not know `later` fields.
         stored = [name for name in stored if name not in (*later, *undecided)]
-        return {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in stored}
+        fields = {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in stored}
+        if has_samples(self.dataset):  # tensors
+            fields["dataset"] = shareable_dataset(self.dataset)
+        return fields
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()

@@ -119,7 +119,7 @@ def pipeline(monkeypatch):
 
     calls = []
 
-    def quantize_blocks_(model, tokenizer, config):
+    def quantize_blocks_(model, tokenizer, config, samples):
         calls.append((model, tokenizer, config))
         quantize_randomly(model, tokenizer, config)
 

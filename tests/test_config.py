@@ -241,7 +241,7 @@ def test_tables_and_sets_are_no_texts():
     datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
     table = {"text": ["one"]}
     for value in (pandas.DataFrame(table), datasets.Dataset.from_dict(table), table, {"one"}, numpy.array([["one"]])):
-        with pytest.raises(ValueError, match="column of texts or None, got ") as caught:
+        with pytest.raises(ValueError, match="column of texts, a list of dicts .* or None, got ") as caught:
             CRVQConfig(dataset=value)
         assert "\n" not in str(caught.value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Returns the name and the list of the model's decoder blocks.
 
-    They are looked for in the text decoder of a model that has other parts too. Optimum's patterns know the common
-    architectures; any other model is taken to keep its blocks in the `ModuleList` that holds the most weights.
+    They are looked for in the text decoder of a model that has other parts too, and in all of one that reads no text.
+    Optimum's patterns know the common architectures; any other model is taken to keep its blocks in the `ModuleList`
+    that holds the most weights.
 
     Raises:
         ValueError: the model is an encoder-decoder, or has no list of blocks.
@@ -24,9 +25,10 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     kind = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{kind} is an encoder-decoder model and has two lists of blocks, where one is wanted.")
-    lists = {
-        name: module for name, module in _text_modules(model) if isinstance(module, nn.ModuleList) and len(module)
-    }
+    lists = _lists(_text_modules(model))
+    if not lists:  # it reads no text; convolutions alone are no blocks
+        all_lists = _lists(model.named_modules()).items()
+        lists = {name: each for name, each in all_lists if any(hasattr(m, "in_features") for m in each.modules())}
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     prefix = next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
     if prefix and any(name.startswith(prefix) for name in lists):
@@ -76,9 +78,14 @@ def named_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.{index}": block for name, blocks in lists.items() for index, block in enumerate(blocks)}
 
 
+def _lists(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.ModuleList]:
+    """Returns those of some modules, by name, that are lists with something in them."""
+    return {name: module for name, module in modules if isinstance(module, nn.ModuleList) and len(module)}
+
+
 def _largest_list(modules: dict[str, nn.Module]) -> tuple[str, nn.ModuleList | None]:
     """Returns name and module of the `ModuleList` that holds the most weights; an empty name if there is none."""
-    lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)}
+    lists = _lists(modules.items())
     name = max(lists, key=lambda key: _num_weights(lists[key]), default="")
     return name, lists.get(name)
 

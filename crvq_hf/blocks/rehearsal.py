@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .finding import find_block_lists, named_blocks
-from .runner import Arguments, BlockRunner, Leaf, State, replaced_forwards, run_on_text
+from .runner import Arguments, BlockRunner, Inputs, Leaf, State, placed, replaced_forwards, run_on
 from .trees import hidden_of, map_tensors, tensors_of
 
 logger = logging.getLogger("crvq")
 
+SOUND = ("input_features", "input_values")  # what models that hear call what they hear
 _SEQLEN = 8
 _TOLERANCE = 1e-2  # relative; the same operations on the same numbers, so what differs at all differs by far more
 
@@ -24,29 +25,30 @@ _TOLERANCE = 1e-2  # relative; the same operations on the same numbers, so what 
 class _Record(NamedTuple):
     """What a run of a whole model has shown: the blocks it runs, their hidden states, its output."""
 
-    tokens: Tensor
+    inputs: Inputs
     order: list[int]
     outputs: list[Tensor]
     output: Any
 
 
 @torch.no_grad()
-def rehearse(model: nn.Module) -> BlockRunner:
+def rehearse(model: nn.Module, samples: Sequence[Inputs] = ()) -> BlockRunner:
     """Returns a runner of a model's blocks, after it has given what the model gives on three batches of a few tokens.
 
     Two of them are different texts of one shape, the third has more texts.
 
     Args:
         model: in evaluation mode; it is run as it is, where it is.
+        samples: what the whole model is to be run on instead of text. They may be of any shapes, and are never cut.
 
     Raises:
-        ValueError: the model cannot be run on text alone, runs a block more than once, or hands on something from
-            block to block that cannot be kept.
+        ValueError: the model cannot be run on text alone, or on `samples`, runs a block more than once, or hands on
+            something from block to block that cannot be kept.
     """
     kind, lists = type(model).__name__, find_block_lists(model)
     named = named_blocks(model)
     names, blocks = list(named), nn.ModuleList(named.values())
-    text_model, records = _records(model, list(lists)[-1], blocks)
+    run, records = _records(model, list(lists)[-1], blocks, samples)
     order = records[0].order
     if any(record.order != order for record in records) or order != sorted(set(order)):
         again = next((index for position, index in enumerate(order) if index in order[:position]), None)
@@ -57,15 +59,16 @@ def rehearse(model: nn.Module) -> BlockRunner:
         )
     which = [number for number, blocks in enumerate(lists.values()) for _ in blocks]
     names = [f"{kind}: {name}" for name in names]
+    is_text = not samples
     try:
-        return _rehearsed(BlockRunner(text_model, blocks, which, order, keeps_all=False), records, names)
+        return _rehearsed(BlockRunner(run, blocks, which, order, keeps_all=False), records, names, is_text)
     except ValueError:  # later blocks do need what it did not keep
-        return _rehearsed(BlockRunner(text_model, blocks, which, order, keeps_all=True), records, names)
+        return _rehearsed(BlockRunner(run, blocks, which, order, keeps_all=True), records, names, is_text)
 
 
-def _rehearsed(runner: BlockRunner, records: list[_Record], names: list[str]) -> BlockRunner:
+def _rehearsed(runner: BlockRunner, records: list[_Record], names: list[str], is_text: bool) -> BlockRunner:
     """Returns `runner` with what running its blocks one by one tells about them, compared with `records`."""
-    states = [State(record.tokens) for record in records]
+    states = [State(record.inputs) for record in records]
     for number, index in enumerate(runner.order):
         for which, record in enumerate(records):
             with _refusing(names[index]):
@@ -77,33 +80,41 @@ def _rehearsed(runner: BlockRunner, records: list[_Record], names: list[str]) ->
                 states[which] = states[which].then(gave, runner.lists[index])
         runner.has_gradients &= _has_gradient(runner, index, arguments)
         with _refusing(names[index]):
-            runner.leaves[index] = _leaves(states[0], states[-1])
-            _count_bytes(runner, states[0])
+            runner.leaves[index] = _leaves(states[0], states[-1]) if is_text else _whole_leaves(states)
+            for state in states:
+                _count_bytes(runner, state)
     for record, state in zip(records, states, strict=True):
         with _refusing(f"{names[0]} and the rest of it"):
             _compare(hidden_of(runner.output(state)), hidden_of(record.output))
     logits = getattr(records[0].output, "logits", None)
     head = runner.model.get_output_embeddings() if isinstance(runner.model, PreTrainedModel) else None
-    runner.has_head = head is not None and logits is not None and logits.shape[:2] == records[0].tokens.shape
+    inputs = records[0].inputs
+    tokens = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    is_by_position = logits is not None and logits.dim() == 3 and (tokens is None or logits.shape[:2] == tokens.shape)
+    runner.has_head = head is not None and is_by_position
+    hidden = [hidden_of(gave.output) for gave in states[0].gaves]
+    runner.positions = sum(h.numel() / h.shape[-1] for h in hidden) / _elements(states[0])
     return runner
 
 
-def _records(model: nn.Module, name: str, blocks: nn.ModuleList) -> tuple[nn.Module, list[_Record]]:
-    """Returns the outermost model around the blocks that takes text alone, and what runs of it have shown.
+def _records(
+    model: nn.Module, name: str, blocks: nn.ModuleList, samples: Sequence[Inputs]
+) -> tuple[nn.Module, list[_Record]]:
+    """Returns what is run (on text the outermost model around the blocks that takes it), and what runs have shown.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the model cannot be run on `samples`.
     """
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if samples or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         around = [model]  # a decoder without its encoder sees something else
     problem: Exception | None = None
     for candidate in around:
         if candidate is not model and not isinstance(candidate, PreTrainedModel):
             continue
         try:
-            records = [_record(candidate, blocks, tokens) for tokens in _probes(candidate)]
+            records = [_record(candidate, blocks, inputs) for inputs in samples or _probes(candidate)]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model raises that misses its images, say
@@ -116,17 +127,25 @@ def _records(model: nn.Module, name: str, blocks: nn.ModuleList) -> tuple[nn.Mod
                     *(type(model).__name__, type(candidate).__name__, _words(problem)),
                 )
             return candidate, records
+    if samples:
+        why = f"they do not reach {name}" if problem is None else _words(problem)
+        raise ValueError(
+            f"{type(model).__name__} cannot be run on the samples of dataset, which have {', '.join(samples[0])} "
+            f"({why}); give each as model(**sample) takes it, or use dataset=None (weights only)."
+        ) from problem
     reads = getattr(model, "main_input_name", "input_ids")
     if reads != "input_ids":
         why = f"it reads {reads}"
     else:
         why = f"its text does not reach {name}" if problem is None else _words(problem)
+    sound = "a folder of sound files, " if reads in SOUND else ""
     raise ValueError(
-        f"{type(model).__name__} cannot be calibrated on text alone ({why}); use dataset=None (weights only)."
+        f"{type(model).__name__} cannot be calibrated on text alone ({why}); give dataset {sound}a list of dicts, "
+        "each as model(**sample) takes it, or use dataset=None (weights only)."
     ) from problem
 
 
-def _probes(model: nn.Module) -> list[Tensor]:
+def _probes(model: nn.Module) -> list[Inputs]:
     """Returns three batches of tokens: two of one shape, one with more texts; at the end of one text is padding."""
     config = model.config.get_text_config()
     named = [*config.to_dict().items(), *model.config.to_dict().items()]
@@ -141,11 +160,11 @@ def _probes(model: nn.Module) -> list[Tensor]:
     pad = getattr(config, "pad_token_id", None)
     if isinstance(pad, int) and 0 <= pad < vocabulary:
         batches[1][0, -1] = pad
-    return batches
+    return [{"input_ids": batch} for batch in batches]
 
 
-def _record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> _Record:
-    """Runs a whole model on `tokens` and notes what its blocks give."""
+def _record(model: nn.Module, blocks: nn.ModuleList, inputs: Inputs) -> _Record:
+    """Runs a whole model on `inputs` and notes what its blocks give."""
     order, outputs = [], []
 
     def noting(index: int) -> Callable[..., Any]:
@@ -160,8 +179,8 @@ def _record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> _Record:
         return forward
 
     with replaced_forwards(blocks, {index: noting(index) for index in range(len(blocks))}):
-        output = run_on_text(model, tokens.to(next(model.parameters()).device))
-    return _Record(tokens, order, outputs, output)
+        output = run_on(model, placed(inputs, next(model.parameters())))
+    return _Record(inputs, order, outputs, output)
 
 
 @torch.enable_grad()
@@ -222,9 +241,24 @@ def _leaves(two: State, three: State) -> list[Leaf]:
     return leaves
 
 
+def _whole_leaves(states: list[State]) -> list[Leaf]:
+    """Returns the leaves of what a block gives for samples that are never cut."""
+    kinds = [[tensor.dtype for tensor in tensors_of(state.gaves)] for state in states]
+    if any(kind != kinds[0] for kind in kinds):
+        raise _Differs(
+            f"tensors of dtypes {kinds[0]} for one sample, {next(k for k in kinds if k != kinds[0])} for another"
+        )
+    return [Leaf(dtype, None) for dtype in kinds[0]]
+
+
+def _elements(state: State) -> int:
+    """Returns how many numbers a model is given; of text, how many tokens."""
+    return sum(tensor.numel() for tensor in state.inputs.values())
+
+
 def _count_bytes(runner: BlockRunner, state: State) -> None:
-    """Notes how many bytes per token a block gives."""
-    total = sum(tensor.nbytes for tensor in tensors_of(state.gaves)) / state.tokens.numel()
-    hidden = state.hidden.nbytes / state.tokens.numel()
+    """Notes how many bytes per element of its inputs a block gives."""
+    total = sum(tensor.nbytes for tensor in tensors_of(state.gaves)) / _elements(state)
+    hidden = state.hidden.nbytes / _elements(state)
     runner.hidden_bytes = max(runner.hidden_bytes, hidden)
     runner.other_bytes = max(runner.other_bytes, total - hidden)

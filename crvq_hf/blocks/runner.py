@@ -18,6 +18,7 @@ from .finding import Done
 from .trees import copy_containers, hidden_of, map_tensors, mappings_of
 
 Arguments = tuple[tuple, dict[str, Any]]
+Inputs = dict[str, Tensor]  # what a model is given, by the names of its forward's arguments
 
 
 class Gave(NamedTuple):
@@ -47,19 +48,20 @@ class Leaf(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """Some texts on their way through the blocks.
+    """Some texts, or a sample of something else, on their way through the blocks.
 
     Attributes:
-        tokens: `[batch, seqlen]`, int64.
+        inputs: what the model is given for them; of texts that is `input_ids` `[batch, seqlen]`, int64. Empty where
+            another process has them.
         gaves: what the last block gave for them, of each list of blocks that they have entered: an encoder's, then its
             decoder's.
     """
 
-    tokens: Tensor
+    inputs: Inputs
     gaves: tuple[Gave, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(next(iter(self.inputs.values()))) if self.inputs else 0
 
     @property
     def hidden(self) -> Tensor:
@@ -70,7 +72,7 @@ class State:
         """Returns the state after another block, which is in list `number` and has given `gave`."""
         before = self.gaves[number].shared if number < len(self.gaves) else []
         shared = [old | new for old, new in zip_longest(before, gave.shared, fillvalue={})]
-        return State(self.tokens, (*self.gaves[:number], Gave(gave.output, shared)))
+        return State(self.inputs, (*self.gaves[:number], Gave(gave.output, shared)))
 
     def part(self, start: int, stop: int, leaves: Sequence[Leaf]) -> State:
         """Returns the state of some of the texts, views.
@@ -89,20 +91,30 @@ class State:
             each = tensor.shape[dim] // len(self)
             return tensor.narrow(dim, start * each, (stop - start) * each)
 
-        return State(self.tokens[start:stop], map_tensors(self.gaves, cut))
+        inputs = {name: tensor[start:stop] for name, tensor in self.inputs.items()}
+        return State(inputs, map_tensors(self.gaves, cut))
 
 
-def run_on_text(model: nn.Module, tokens: Tensor) -> Any:
-    """Returns the output of a model for `tokens`, `[batch, seqlen]`, without a cache.
+def placed(inputs: Inputs, beside: Tensor) -> Inputs:
+    """Returns inputs on the device of a parameter of the model, numbers in its dtype."""
+    dtype = beside.dtype if beside.is_floating_point() else torch.float32
+    return {
+        name: tensor.to(beside.device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
 
-    Encoder and decoder both read them.
+
+def run_on(model: nn.Module, inputs: Inputs) -> Any:
+    """Returns the output of a model without a cache.
+
+    Of text, which is `input_ids` alone, a decoder reads the same as its encoder.
     """
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     options = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        options["decoder_input_ids"] = tokens
-    return model(input_ids=tokens, **options)
+    if inputs.keys() == {"input_ids"} and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        options["decoder_input_ids"] = inputs["input_ids"]
+    return model(**inputs, **options)
 
 
 @contextmanager
@@ -129,19 +141,20 @@ class BlockRunner:
     """Runs the blocks of a model one at a time, on what is kept elsewhere of the blocks before.
 
     What a block is given (hidden states, rotary embeddings, masks, inputs for this block alone) is what the model
-    itself makes of its tokens and of what the last block gave: the model is run up to the block, and in place of those
+    itself makes of its inputs and of what the last block gave: the model is run up to the block, and in place of those
     before it stands a function that returns at once what the last of them gave.
 
     Attributes:
-        model: what is run on text: the model, or the language model inside of it.
+        model: what is run: the model, or where it reads text the language model inside of it.
         blocks: of all lists.
         lists: of each block, the number of its list.
-        order: numbers of those that text reaches, in the order in which they are run.
+        order: numbers of those that the inputs reach, in the order in which they are run.
         keeps_all: whether all tensors that a block returns are handed on, or the hidden states alone, None in place of
             the others (attention weights, say).
         leaves: of a state's `gaves` after each of these, by its number.
-        hidden_bytes: of the hidden states that a block gives, per token.
-        other_bytes: of all else that a block gives, per token, at most.
+        hidden_bytes: of the hidden states that a block gives, per element of its inputs (of text: per token).
+        other_bytes: of all else that a block gives, per element, at most.
+        positions: hidden states of the last block, per element.
         has_head: whether the model makes logits over its vocabulary.
         has_gradients: whether autograd can follow what all blocks compute.
     """
@@ -155,7 +168,7 @@ class BlockRunner:
         inside = {id(parameter) for parameter in blocks.parameters()}  # which move to other devices meanwhile
         self._outside = next((p for p in model.parameters() if id(p) not in inside), next(model.parameters()))
         self.leaves: dict[int, list[Leaf]] = {}
-        self.hidden_bytes = self.other_bytes = 0.0
+        self.hidden_bytes = self.other_bytes = self.positions = 0.0
         self.has_head = False
         self.has_gradients = True
 
@@ -226,7 +239,7 @@ class BlockRunner:
         forwards = {i: partial(give, gaves[self.lists[i]]) for i in earlier} | ({} if index is None else {index: stop})
         with replaced_forwards(self.blocks, forwards):
             try:
-                return run_on_text(self.model, state.tokens.to(home))
+                return run_on(self.model, placed(state.inputs, self._outside))
             except Done:
                 return stopped
 

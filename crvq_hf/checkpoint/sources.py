@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -145,13 +153,15 @@ def load_dense(
 ) -> tuple[PreTrainedModel, Any]:
     """Returns a dense model on the CPU, in the dtype it is stored in, and its tokenizer, None if it has none.
 
+    In place of the tokenizer it is the processor, where a model that also reads something else than text has one.
+
     Args:
         source: folder or hub id.
         gguf_file: name of a GGUF file in it; its weights become bfloat16.
         options: loading options.
 
     Raises:
-        ValueError: the checkpoint is an adapter, already quantized, or no causal language model.
+        ValueError: the checkpoint is an adapter, already quantized, or no model that transformers knows.
         OSError: there is no such model.
     """
     options = options or {}
@@ -163,16 +173,39 @@ def load_dense(
             f"{source} is a PEFT adapter; merge it into its base model first (model.merge_and_unload(), then "
             "save_pretrained), and give that folder."
         )
-    stored = getattr(AutoConfig.from_pretrained(source, **options), "quantization_config", None)
+    config = AutoConfig.from_pretrained(source, **options)
+    stored = getattr(config, "quantization_config", None)
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
         raise ValueError(f"{source} is already quantized ({method}); start from the dense model.")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
-    try:
-        return model, AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        logger.warning("%s has no tokenizer that transformers can load: %s", source, error)
-        return model, None
+    kind = _class_of(config)
+    model, problem = kind.from_pretrained(source, dtype="auto", **options), None
+    for reader in (AutoTokenizer,) if kind is AutoModelForCausalLM else (AutoProcessor, AutoTokenizer):
+        try:
+            return model, reader.from_pretrained(source, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            problem = problem or error
+    logger.warning("%s has no tokenizer that transformers can load: %s", source, problem)
+    return model, None
+
+
+def _check_causal(source: str, options: dict[str, Any]) -> None:
+    """Raises ValueError if a model is an encoder with a decoder: alone, that would write about nothing."""
+    kind = _class_of(config := AutoConfig.from_pretrained(source, **options))
+    if config.is_encoder_decoder and kind is not AutoModelForCausalLM:
+        raise ValueError(
+            f"{source} is a {kind.__name__}, whose decoder writes about what its encoder reads; crvq runs decoders on "
+            f"text alone, so load it in Python: transformers.{kind.__name__}.from_pretrained({source!r})."
+        )
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    """Returns what loads a model with its head: its own class where it is an encoder-decoder, or writes no text."""
+    is_causal = type(config) in AutoModelForCausalLM._model_mapping
+    own = getattr(transformers, (config.architectures or [""])[0], None)
+    if own is None or (is_causal and not config.is_encoder_decoder):
+        return AutoModelForCausalLM
+    return own
 
 
 def load(
@@ -192,7 +225,7 @@ def load(
         options: loading options.
 
     Raises:
-        ValueError, OSError: there is no such model or device, or no tokenizer beside it.
+        ValueError, OSError: there is no such model or device, or no tokenizer beside it, or it is no decoder.
     """
     check_source(source)
     options = options or {}
@@ -209,5 +242,6 @@ def load(
                 f"{source} has no tokenizer that transformers can load; put that of the model it was made of beside "
                 f"it: AutoTokenizer.from_pretrained(BASE).save_pretrained({source!r})."
             ) from error
+        _check_causal(source, options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     return model.to(place).eval(), tokenizer

@@ -69,7 +69,7 @@ def convert(
     """Quantizes a checkpoint into a new folder; the same call again continues an interrupted one.
 
     Args:
-        source: folder or hub id of a dense causal language model.
+        source: folder or hub id of a dense model.
         out: folder to make. Finished blocks are kept in `config.work_dir`, by default `out` + ".work", until the
             result is saved. A folder that is there and empty (a mount point, say) stays, and all is kept inside it.
         config: how to quantize.
@@ -222,7 +222,7 @@ def _inputs(source: str, config: CRVQConfig, gguf_file: str | None, options: dic
         tokenizer = source_hash(name, options=general) or hashlib.sha256(name.encode()).hexdigest()
     return {
         "the model's files": source_hash(source, gguf_file, options),
-        "the calibration text": dataset_fingerprint(config.dataset),
+        "the calibration data": dataset_fingerprint(config.dataset),
         "the tokenizer": tokenizer if isinstance(tokenizer, str) else None,
     }
 

@@ -72,7 +72,8 @@ def _option(field: dataclasses.Field) -> dict[str, Any]:
         options |= {"type": float, "metavar": "X"}
     elif field.name == "dataset":  # the one field that takes other values here than in Python
         sources = "'self' (written by the model), 'wikitext2', 'c4', FILE, FILE:FIELD of a table, or 'none'"
-        options |= {"metavar": "TEXT", "help": f"calibration text: {sources} (default: {field.default})"}
+        sound = "for a model that hears, a folder of sound files (NAME.wav; what is said, if known, in NAME.txt)"
+        options |= {"metavar": "TEXT", "help": f"calibration text: {sources}; {sound} (default: {field.default})"}
     elif field.type.startswith("list["):
         options |= {"action": "append", "metavar": "NAME", "help": f"{text}; may be repeated"}
     return options

@@ -26,7 +26,7 @@ HELP = "quantize a model into a new folder; run again to resume"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="folder or hub id of a dense causal language model")
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id of a dense model")
     parser.add_argument("out", metavar="OUT", help="folder to make")
     parser.add_argument("--gguf-file", metavar="FILE", help="read this GGUF file of MODEL")
     add_loading_options(parser)

@@ -9,16 +9,17 @@ layers of a stage. All have the same blocks, those that one process alone would 
 
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..blocks.finding import kind_of, named_blocks
 from ..blocks.rehearsal import rehearse
-from ..blocks.runner import BlockRunner, State
+from ..blocks.runner import BlockRunner, Gave, Inputs, State
 from ..config import CRVQConfig
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import quantizable_linears, unmatched_patterns
@@ -31,25 +32,28 @@ from .calibration import calibration_tokens
 from .fingerprint import default_work_dir, run_fingerprint
 from .quantize_block import quantize_block_
 from .run import Run, check_finite
-from .streams import Stream, share, start_streams
+from .samples import SHORT, completed
+from .streams import Samples, Stream, num_elements, share, start_streams
 
 logger = logging.getLogger("crvq")
 
 E2E_LEARNING_RATE = 2e-3  # found by measurement on SmolLM2-135M (benchmarks/LOG.md)
 
 
-def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> dict[str, Any]:
+def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig, samples: list[Inputs]) -> dict[str, Any]:
     """Quantizes the linears of a model's decoder blocks in place.
 
     Args:
         model: a causal language model in eval mode, on one device.
         tokenizer: for calibration text; see `calibration_tokens`.
         config: see `CRVQConfig`. Without `work_dir`, finished blocks go to a folder under the Hugging Face cache.
+        samples: to calibrate on instead of text, see `given_samples`; none for text.
 
     Returns:
         The report, JSON-able, also left at `model.crvq_report`: `bits_per_weight` (stored bits over the quantized
         layers, order counted), `layers` (`relative_error`, `bits_per_weight`, `seconds` by name), `seconds` by phase,
-        `calibration_tokens` and `e2e_tokens` (how many were used before and in end-to-end fine-tuning),
+        `calibration_tokens` and `e2e_tokens` (how many were used before and in end-to-end fine-tuning; where the
+        samples are no text, how many hidden states),
         `activation_bytes`, `peak_memory_bytes` (of several processes, of this one), `e2e_loss`.
 
     Raises:
@@ -65,8 +69,10 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
         raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
     by_block = [[n.removeprefix(f"{block}.") for n in linears if n.startswith(f"{block}.")] for block in names]
     _check_weights(linears)
-    runner = None if config.dataset is None else rehearse(model)
-    fingerprint = run_fingerprint(model, tokenizer, config)
+    runner = None
+    if config.dataset is not None:
+        runner = rehearse(model, completed(model, samples[:3], SHORT, device))
+    fingerprint = run_fingerprint(model, tokenizer, config, samples)
     if runner is not None:
         _tell_what_is_left_out(runner, names)
     with WorkFolder(config.work_dir or default_work_dir(fingerprint), fingerprint) as work:
@@ -75,11 +81,11 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
         blocks = nn.ModuleList(model.get_submodule(name) for name in names)
         run = Run(model, config, device, bfloat16, by_block, names, blocks, work, runner)
         start = time.perf_counter()
-        tokens = _calibration(run, tokenizer)
+        samples = _calibration(run, tokenizer, samples)
         run.timed("calibration", start)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            report = _quantize(run, tokens)
+            report = _quantize(run, samples)
         work.finish()
         if config.work_dir is None:
             logger.warning(
@@ -90,9 +96,9 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> di
     return report
 
 
-def _quantize(run: Run, tokens: Tensor | None) -> dict[str, Any]:
+def _quantize(run: Run, samples: Samples | None) -> dict[str, Any]:
     """Quantizes all blocks, then fine-tunes end to end; returns the report."""
-    full, quantized = (None, None) if tokens is None else start_streams(run.runner, tokens, run.config, run.work)
+    full, quantized = (None, None) if samples is None else start_streams(run.runner, samples, run.config, run.work)
     activation_bytes = sum(distributed.gather(0 if full is None else full.nbytes + quantized.nbytes))
     finished = sum(run.work.has(_block_file(index)) for index in range(len(run.blocks)))
     if finished:
@@ -107,21 +113,26 @@ def _quantize(run: Run, tokens: Tensor | None) -> dict[str, Any]:
         bar.set_postfix_str(f"{_bits(run):.3f} bits")
     del quantized
     losses, e2e_tokens = None, 0
-    tunes = tokens is not None and run.config.e2e_finetune_epochs and run.runner.has_gradients
+    tunes = samples is not None and run.config.e2e_finetune_epochs and run.runner.has_gradients
     if tunes and run.runner.has_head:
-        chosen = tokens[: run.config.e2e_nsamples or None]
-        e2e_tokens = chosen.numel()
+        chosen = samples[: run.config.e2e_nsamples or None]
+        e2e_tokens = _num_tokens(run, chosen)
         losses = _finetune_end_to_end(run, full.steps(len(share(chosen))))
     return {
         "bits_per_weight": _bits(run),
         "layers": run.layers,
         "seconds": run.seconds,
-        "calibration_tokens": 0 if tokens is None else tokens[: run.config.nsamples].numel(),
+        "calibration_tokens": 0 if samples is None else _num_tokens(run, samples[: run.config.nsamples]),
         "e2e_tokens": e2e_tokens,
         "activation_bytes": activation_bytes,
         "peak_memory_bytes": peak_memory_bytes(),
         "e2e_loss": losses,
     }
+
+
+def _num_tokens(run: Run, samples: Samples) -> int:
+    """Returns how many tokens samples have, or how many hidden states if they are no text."""
+    return round(num_elements(samples) * (run.runner.positions if isinstance(samples, list) else 1))
 
 
 def _tell_what_is_left_out(runner: BlockRunner, names: list[str]) -> None:
@@ -191,10 +202,25 @@ def _advance(run: Run, index: int, full: Stream | None, quantized: Stream | None
 def _move_stream(run: Run, index: int, stream: Stream) -> None:
     """Moves a stream past block `index`."""
     start = time.perf_counter()
-    stream.move(index, partial(run.call_block, index))
-    if stream.hidden is not None:
-        check_finite(stream.hidden, f"{run.names[index]}", "output")
+    call = partial(run.call_block, index)
+    stream.move(index, partial(_naming_the_sample, call) if isinstance(stream.samples, list) else call)
+    for state in stream.states:
+        check_finite(state.hidden, f"{run.names[index]}", "output")
     run.timed("running blocks", start)
+
+
+def _naming_the_sample(call: Callable[[State], Gave], state: State) -> Gave:
+    """Runs a block; says which sample the model does not take. The first block is before all that takes long."""
+    try:
+        return call(state)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model raises
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in state.inputs.items())
+        raise ValueError(
+            f"A sample of dataset with {shapes} cannot be run ({type(error).__name__}: "
+            f"{' '.join(str(error).split()):.200}); take it out, or make it like those that can."
+        ) from error
 
 
 def _finetune_end_to_end(run: Run, states: list[State]) -> dict[str, float]:
@@ -217,9 +243,20 @@ def _finetune_end_to_end(run: Run, states: list[State]) -> dict[str, float]:
     return losses
 
 
-def _calibration(run: Run, tokenizer: Any) -> Tensor | None:
-    """Returns the calibration tokens; those of the work folder if this run has chosen them before."""
+def _calibration(run: Run, tokenizer: Any, samples: list[Inputs]) -> Samples | None:
+    """Returns what to calibrate on; that of the work folder if this run has chosen it before."""
     saved = run.work.load("calibration")
+    if samples:
+        if saved is None:
+            config, device = run.config, run.device
+            samples = distributed.first(lambda: completed(run.model, samples, config.seqlen, device))
+            flat = {f"{i}.{name}": t.clone() for i, inputs in enumerate(samples) for name, t in inputs.items()}
+            run.work.save("calibration", flat)
+            return samples
+        for key, tensor in saved[0].items():
+            number, _, name = key.partition(".")
+            samples[int(number)][name] = tensor
+        return samples
     if saved is not None:
         return saved[0].get("tokens")
     model = run.model if run.runner is None else run.runner.model

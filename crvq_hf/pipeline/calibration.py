@@ -9,13 +9,14 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.sources import load_tokenizer
-from ..config import CRVQConfig, split_field
+from ..config import CRVQConfig, has_samples, split_field
 from ..resources import distributed
 from ..resources.device import compute_device
+from .sound import sound_files
 from .text import check_tokens, drawn_tokens, longest_text, read_text
 
 _HUB_DATASETS = ("wikitext2", "c4")
@@ -45,7 +46,7 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> 
     if longest is not None and config.seqlen > longest:
         raise ValueError(f"seqlen={config.seqlen} is more than the {longest} tokens the model takes; lower seqlen.")
     if config.dataset == "self":
-        with _moved_if_it_fits(model, compute_device(config.device)):
+        with moved_if_it_fits(model, compute_device(config.device)):
             return self_written_tokens(model, num_sequences(config), config.seqlen, config.seed)
     if tokenizer is None:
         raise ValueError(f"dataset={config.dataset!r:.80} is text and needs a tokenizer; pass tokenizer=...")
@@ -69,8 +70,11 @@ def tokenizer_for(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any, op
     Raises:
         ValueError: there is none.
     """
-    if tokenizer is None and config.dataset is None:
+    if has_samples(config.dataset) or (tokenizer is None and config.dataset is None):
         return None
+    hears = sound_files(config.dataset) is not None
+    if isinstance(tokenizer, ProcessorMixin) and not hears:
+        tokenizer = tokenizer.tokenizer
     if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
         return tokenizer
     name = tokenizer or model.name_or_path
@@ -80,7 +84,7 @@ def tokenizer_for(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any, op
             return load_tokenizer(name, model.name_or_path, options)
         except (OSError, ValueError, KeyError) as error:
             problem = error
-    if tokenizer is None and config.dataset == "self":
+    if tokenizer is None and (hears or config.dataset == "self"):
         return None  # the model can write tokens without one
     raise ValueError(
         f"No tokenizer found at {str(name)!r} to read the calibration text; pass CRVQConfig(tokenizer=...)."
@@ -102,13 +106,16 @@ def num_sequences(config: CRVQConfig, available: int | None = None) -> int:
     return wanted if available is None else max(config.nsamples, min(wanted, available))
 
 
-def check_dataset(dataset: str | list[str] | None) -> None:
-    """Raises ValueError if `dataset` is the path of no file."""
-    named = dataset is None or isinstance(dataset, list) or dataset in ("self", *_HUB_DATASETS)
-    if not named and not Path(split_field(dataset)[0]).is_file():
+def check_dataset(dataset: Any) -> None:
+    """Raises ValueError if `dataset` is the path of no file, or as `sound_files`."""
+    named = dataset is None or dataset in ("self", *_HUB_DATASETS)
+    if named or sound_files(dataset) or isinstance(dataset, list):
+        return
+    if not Path(split_field(dataset)[0]).is_file():
         raise ValueError(
-            f"dataset={dataset!r} is no file; give the path of a text file (of a table: path:field), a list of texts, "
-            "'wikitext2', 'c4', 'self' (the model writes its own) or None (weights only)."
+            f"dataset={dataset!r} is no file; give the path of a text file (of a table: path:field), a folder of "
+            "sound files, a list of texts, 'wikitext2', 'c4', 'self' (the model writes its own) or None (weights "
+            "only)."
         )
 
 
@@ -191,7 +198,7 @@ def _plain_sampling(model: nn.Module):
 
 
 @contextmanager
-def _moved_if_it_fits(model: nn.Module, device: torch.device):
+def moved_if_it_fits(model: nn.Module, device: torch.device):
     """Has the whole model on `device` while inside, unless that has too little free memory."""
     home = model.device
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

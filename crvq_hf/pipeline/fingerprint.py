@@ -9,9 +9,11 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from torch import nn
 
+from ..blocks.runner import Inputs
 from ..checkpoint.metadata import tensor_hash
 from ..checkpoint.sources import file_hash
-from ..config import CRVQConfig, split_field
+from ..config import CRVQConfig, has_samples, split_field
+from .sound import sound_files
 
 # Where runs that name no work folder have theirs.
 WORK_FOLDERS = Path(HF_HOME) / "crvq"
@@ -26,10 +28,13 @@ _NO_MATTER = ("architectures", "dtype", "torch_dtype", "transformers_version", "
 
 
 @torch.no_grad()
-def run_fingerprint(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> dict[str, Any]:
+def run_fingerprint(
+    model: nn.Module, tokenizer: Any, config: CRVQConfig, samples: list[Inputs] | None = None
+) -> dict[str, Any]:
     """Returns everything that decides the result, as JSON-able values by name.
 
-    Weights enter in full, with the buffers that are saved, and so does the model's config, field by field.
+    Weights enter in full, with the buffers that are saved, and so do the model's config, field by field, and samples
+    that are not text, as the model is given them.
     """
     weights, saved = hashlib.sha256(), model.state_dict(keep_vars=True)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
@@ -41,8 +46,8 @@ def run_fingerprint(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> dic
         code.update(file.read_bytes())
     code.update((package / "quantized_weight.py").read_bytes())
     fields = CRVQConfig.from_dict(config.to_dict(), embedding_bits=16).to_dict()  # 8 bits come after all blocks
-    fields["dataset"] = dataset_fingerprint(fields["dataset"])
-    reads_text = config.dataset not in (None, "self") and tokenizer is not None
+    fields["dataset"] = dataset_fingerprint(samples or fields["dataset"])
+    reads_text = not samples and config.dataset not in (None, "self") and tokenizer is not None
     return {
         "tokenization": tokenizer(_PROBE)["input_ids"] if reads_text else None,
         "vocabulary": _vocabulary_hash(tokenizer) if reads_text else None,
@@ -54,8 +59,14 @@ def run_fingerprint(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> dic
     }
 
 
-def dataset_fingerprint(dataset: str | list[str] | None) -> str | None:
-    """Returns what identifies the calibration text: the hash of a file's or a list's text, or a dataset's name."""
+def dataset_fingerprint(dataset: Any) -> str | None:
+    """Returns what identifies the calibration data: the hash of files, texts or samples, or a dataset's name."""
+    if has_samples(dataset):
+        lines = [f"{name}:{tensor_hash(sample[name])}" for sample in dataset for name in ("", *sorted(sample)) if name]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if files := sound_files(dataset):
+        said = [path for file in files if (path := file.with_suffix(".txt")).is_file()]
+        return hashlib.sha256(repr([(file.name, file_hash(file)) for file in (*files, *said)]).encode()).hexdigest()
     if isinstance(dataset, list):
         return hashlib.sha256("\x00".join(dataset).encode()).hexdigest()
     path, field = (dataset, None) if dataset is None else split_field(dataset)

@@ -73,7 +73,7 @@ def _finetune_block(run: Run, index: int, inputs: Stream, targets: Stream, dense
         run.blocks[index],
         lambda state: run.run_block(index, state),
         inputs.steps(),
-        [state.hidden if len(state) else state.tokens for state in targets.steps(len(inputs))],
+        [state.hidden if len(state) else torch.empty(0) for state in targets.steps(len(inputs))],
         epochs=run.config.block_finetune_epochs,
         peak=LEARNING_RATE,
         seed=run.config.seed + index,

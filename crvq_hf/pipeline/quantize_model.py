@@ -15,11 +15,13 @@ from ..modeling.embedding import Int8Embedding, Int8Head, quantize_embeddings_
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import is_dense_linear, is_named_by, mark_quantized, unfuse_experts_to_quantize_
 from ..modeling.stacks import unfuse_stacks_
+from ..resources.device import compute_device
 from ..resources.settings import leave_inference_mode_, own_settings
 from ..selection.choice import choose_layers, dense_share
 from ..selection.stacked_weights import find_stacks
 from .block_loop import quantize_blocks_
 from .calibration import tokenizer_for
+from .samples import SHORT, completed, given_samples
 
 
 def quantize_model(
@@ -33,7 +35,8 @@ def quantize_model(
     Args:
         model: changed in place, and put into evaluation mode. It must be on one device; the CPU will do, blocks move
             to the compute device one at a time.
-        tokenizer: tokenizer or its name, for calibration text; the one that came with the model by default.
+        tokenizer: tokenizer or its name, or processor, for calibration text or sound; what came with the model by
+            default.
         config: how to quantize, the defaults of `CRVQConfig` if None.
         options: what `from_pretrained` needs to load that tokenizer, as `revision`, `subfolder`, `trust_remote_code`.
 
@@ -83,10 +86,12 @@ def quantize_(
     unfuse_stacks_(model, find_stacks(model, leave=lambda name: is_named_by(name, patterns)))
     mark_quantized(model, True)  # some models then call a layer whose weight they would read else
     try:
-        config, dense_rows = choose_layers(model, config)
-        tokenizer = config.tokenizer if tokenizer is None else tokenizer
         options = known_options(model) | (options or {})
-        quantize_blocks_(model, tokenizer_for(model, config, tokenizer, options), config)
+        tokenizer = tokenizer_for(model, config, config.tokenizer if tokenizer is None else tokenizer, options)
+        samples = given_samples(model, tokenizer, config, options)
+        tried = completed(model, samples[:1], SHORT, compute_device(config.device))
+        config, dense_rows = choose_layers(model, config, *tried)
+        quantize_blocks_(model, tokenizer, config, samples)
     except BaseException:
         mark_quantized(model, False)
         raise

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..blocks.finding import kind_of, named_blocks
+from ..blocks.runner import Inputs
 from ..config import CRVQConfig
 from ..modeling.embedding import find_embeddings
 from ..modeling.replace import linear_size, quantizable_linears
@@ -24,7 +25,9 @@ MOST_BITS = 4  # stored bits per weight; what would take more saves next to noth
 WORTH_SAYING = 0.02  # of the weights of a block
 
 
-def choose_layers(model: PreTrainedModel, config: CRVQConfig) -> tuple[CRVQConfig, set[str]]:
+def choose_layers(
+    model: PreTrainedModel, config: CRVQConfig, sample: Inputs | None = None
+) -> tuple[CRVQConfig, set[str]]:
     """Returns how to quantize a model, with all that has to stay dense, and says what that is.
 
     Dense stay layers whose weight other code reads or whose outputs choose experts, both found by running the model on
@@ -43,7 +46,7 @@ def choose_layers(model: PreTrainedModel, config: CRVQConfig) -> tuple[CRVQConfi
     """
     linears, reasons = quantizable_linears(model, config)
     rows = find_embeddings(model) if config.embedding_bits == 8 else {}
-    found = try_out(model, linears, rows)
+    found = try_out(model, linears, rows, sample)
     if found.failure:
         logger.warning(
             "%s could not be run on a few tokens (%s); whose weights other code reads was looked up in its code.",

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks.finding import kind_of
-from ..blocks.runner import run_on_text
+from ..blocks.runner import Inputs, placed, run_on
 
 logger = logging.getLogger("crvq")
 
@@ -55,9 +55,10 @@ class Findings:
 
 
 @torch.no_grad()
-def run_on_trial(model: nn.Module) -> None:
-    """Runs a transformers model on a few tokens of text."""
-    run_on_text(model, _tokens(model))
+def run_on_trial(model: nn.Module, sample: Inputs | None = None) -> None:
+    """Runs a transformers model on a sample, or a few tokens of text."""
+    home = next(model.parameters())
+    run_on(model, {"input_ids": _tokens(model)} if sample is None else placed(sample, home))
 
 
 def _tokens(model: nn.Module) -> Tensor:
@@ -68,7 +69,9 @@ def _tokens(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def try_out(model: nn.Module, linears: dict[str, nn.Module], rows: dict[str, nn.Module]) -> Findings:
+def try_out(
+    model: nn.Module, linears: dict[str, nn.Module], rows: dict[str, nn.Module], sample: Inputs | None = None
+) -> Findings:
     """Returns what running `model` on a few tokens shows of its layers; it is as before afterwards.
 
     What is found of one layer holds for all of its kind: an expert that no token reached is like its neighbours.
@@ -77,6 +80,7 @@ def try_out(model: nn.Module, linears: dict[str, nn.Module], rows: dict[str, nn.
         model: a transformers model in eval mode, dense.
         linears: layers that are to be quantized, by name.
         rows: embeddings and heads that are to be stored in 8 bits, by name.
+        sample: to be run on instead.
 
     Raises:
         ValueError: the model changes its weights in place when it is run.
@@ -87,7 +91,7 @@ def try_out(model: nn.Module, linears: dict[str, nn.Module], rows: dict[str, nn.
     try:
         with _Unchanged(model), _watched(linears | rows, told, findings.read.add) as outputs:
             with _Choices(outputs, findings.routing.add):
-                run_on_trial(model)
+                run_on_trial(model, sample)
     except _Change as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # whatever a model raises that cannot be given text alone
@@ -167,7 +171,7 @@ def _check_new_one(model: nn.Module) -> None:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             new = type(model)(copy.deepcopy(model.config)).eval()
         with _Unchanged(new):
-            run_on_text(new, _tokens(model).to("meta"))
+            run_on(new, {"input_ids": _tokens(model).to("meta")})
     except _Change as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # whatever a model raises that has no numbers

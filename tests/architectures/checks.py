@@ -19,7 +19,7 @@ from transformers.models.auto import modeling_auto
 import crvq_hf
 from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.blocks.rehearsal import rehearse
-from crvq_hf.blocks.runner import State, run_on_text
+from crvq_hf.blocks.runner import State, run_on
 from crvq_hf.blocks.trees import hidden_of
 from crvq_hf.pipeline import block_loop
 
@@ -156,10 +156,10 @@ def _writes(model) -> bool:
 @torch.no_grad()
 def _by_blocks(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns what running block after block gives, as calibration does, and what the model gives for text."""
-    runner, state = rehearse(model), State(tokens)
+    runner, state = rehearse(model), State({"input_ids": tokens})
     for index in runner.order:
         state = state.then(runner.call(index, runner.arguments(index, state)), runner.lists[index])
-    return hidden_of(runner.output(state)), hidden_of(run_on_text(runner.model, tokens))
+    return hidden_of(runner.output(state)), hidden_of(run_on(runner.model, {"input_ids": tokens}))
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor, most: float) -> str:

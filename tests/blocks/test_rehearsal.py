@@ -11,7 +11,7 @@ from whole_models import ARCHITECTURES, make, tokens_for
 
 from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.blocks.rehearsal import rehearse
-from crvq_hf.blocks.runner import State, run_on_text
+from crvq_hf.blocks.runner import State, run_on
 from crvq_hf.blocks.trees import hidden_of
 from crvq_hf.pipeline import streams
 from crvq_hf.pipeline.streams import Stream
@@ -26,7 +26,7 @@ def watched(model, blocks, tokens) -> tuple[dict[int, torch.Tensor], torch.Tenso
 
     handles = [block.register_forward_hook(note(index)) for index, block in enumerate(blocks)]
     with torch.no_grad():
-        output = hidden_of(run_on_text(model, tokens))
+        output = hidden_of(run_on(model, {"input_ids": tokens}))
     for handle in handles:
         handle.remove()
     return found, output
@@ -173,7 +173,7 @@ def test_the_rehearsal_is_cheap(monkeypatch):
     runner = rehearse(model)
     assert sum(seen[:3]) < 100  # later ones stop at a block, or have only what follows the blocks to do
     assert isinstance(model, transformers.PreTrainedModel) and runner.has_head
-    runner.arguments(0, State(tokens_for(model)))
+    runner.arguments(0, State({"input_ids": tokens_for(model)}))
 
 
 def test_whether_autograd_can_follow_blocks(caplog, tmp_path):

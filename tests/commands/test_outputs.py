@@ -224,7 +224,7 @@ def other_text(dense: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(other_text, "the calibration text"), (other_theta, "the model's files"), (other_weight, "the model's files")],
+    [(other_text, "the calibration data"), (other_theta, "the model's files"), (other_weight, "the model's files")],
 )
 def test_a_result_whose_model_or_text_has_changed_is_not_called_finished(
     dense, tmp_path, runs, capsys, change, message

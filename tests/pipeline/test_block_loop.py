@@ -29,7 +29,8 @@ def test_stages_of_a_block_follow_its_data():
     model = make("qwen3_moe", num_experts=6, num_experts_per_tok=1)
     unfuse_experts_(model)
     runner = rehearse(model)
-    arguments = runner.arguments(0, State(tokens_for(model, (1, 3))))  # reaches at most three of the six experts
+    three = {"input_ids": tokens_for(model, (1, 3))}  # which reach at most three of the six experts
+    arguments = runner.arguments(0, State(three))
     names = [n for n, m in runner.blocks[0].named_modules() if type(m) is nn.Linear]
     stages = linear_stages(runner.blocks[0], names, lambda: runner.call(0, arguments))
     assert [set(name.split(".")[-1] for group in stage for name in group) for stage in stages] == [
@@ -247,7 +248,8 @@ def test_every_layer_is_calibrated_on_what_the_quantized_ones_before_it_leave(
             tuned.append([torch.cat(tuple(batches)).clone() for batches in (given, targets)])
 
     def no_tuning_end_to_end(runner, states, **fields):
-        lines.append([torch.cat([state.tokens for state in states]), torch.cat([state.hidden for state in states])])
+        seen = [(state.inputs["input_ids"], state.hidden) for state in states]
+        lines.append([torch.cat(tensors) for tensors in zip(*seen, strict=True)])
         return {"first": 0.0, "last": 0.0}, 0.0
 
     monkeypatch.setattr(quantize_block, "_quantize_linear", spy)
@@ -285,7 +287,7 @@ def test_every_layer_is_calibrated_on_what_the_quantized_ones_before_it_leave(
     assert not torch.allclose(tuned[1][0], full.hidden_states[1][:6], atol=1e-3)
     own_tokens, hidden = lines[0]
     assert torch.equal(own_tokens, tokens[0])
-    state = State(own_tokens, (Gave(hidden, []),))
+    state = State({"input_ids": own_tokens}, (Gave(hidden, []),))
     torch.testing.assert_close(rehearse(make(architecture)).logits(state), full.logits, rtol=1e-3, atol=1e-3)
 
 

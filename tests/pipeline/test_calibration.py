@@ -137,7 +137,7 @@ def test_a_model_writes_on_the_device_if_it_fits_there(model, monkeypatch, free,
     went = []
     monkeypatch.setattr(calibration.distributed, "free_memory_bytes", lambda device: free)
     monkeypatch.setattr(model, "to", lambda device: went.append(device.type))
-    with pytest.raises(KeyError), calibration._moved_if_it_fits(model, torch.device("meta")):
+    with pytest.raises(KeyError), calibration.moved_if_it_fits(model, torch.device("meta")):
         assert went == moves[:1]
         raise KeyError
     assert went == moves
@@ -229,9 +229,9 @@ def test_no_such_file(model, tokenizer, tmp_path, what):
     with pytest.raises(ValueError) as caught:
         calibration_tokens(model, tokenizer, config(dataset=path))
     message = str(caught.value)
-    assert (
-        f"{str(path)!r} is no file" in message and "'wikitext2', 'c4', 'self'" in message and is_one_sentence(message)
-    )
+    problem = "a folder without sound files" if what == "folder" else "no file"
+    assert f"{str(path)!r} is {problem}" in message and is_one_sentence(message)
+    assert "'wikitext2', 'c4', 'self'" in message
 
 
 def test_a_file_that_is_no_text(model, tokenizer, tmp_path):

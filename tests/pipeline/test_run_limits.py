@@ -119,7 +119,9 @@ def test_blocks_that_do_not_fit_in_memory_are_computed_twice(quantize, monkeypat
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     with runner.recomputing():
-        runner.arguments(1, State(tokens, (Gave(torch.randn(1, 64, 32), []),)))  # puts back the blocks it has found
+        runner.arguments(
+            1, State({"input_ids": tokens}, (Gave(torch.randn(1, 64, 32), []),))
+        )  # puts back the blocks it has found
         assert kept(lambda: model(tokens).logits.sum()) < 0.3 * plain
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
     assert all("forward" not in block.__dict__ for block in runner.blocks)

@@ -63,6 +63,19 @@ def test_batches_and_steps_are_those_of_one_process_each_in_one(count, seqlen, s
         assert torch.equal(owner, step)
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_samples_are_each_in_one_process(count, as_process):
+    samples, shares, steps = [{"x": torch.ones(1, n)} for n in range(1, 6)], [], []
+    for rank in range(count):
+        as_process(rank, count, 5)
+        shares.append(streams.share(samples))
+        steps.append(streams.steps(shares[-1]))
+        assert streams.share(samples[:3]) == shares[-1][: len(streams.share(samples[:3]))]
+    assert sum(map(len, shares)) == 5
+    for number, found in enumerate(zip(*steps, strict=True)):
+        assert [step for step in found if step] == [[samples[number]]] and found[number % count]
+
+
 def test_tasks_are_each_taken_once_and_evenly(as_process):
     costs = {"q": 4, "k": 1, "v": 1, "gate": 14, "up": 14, "down": 14, "o": 4}
     taken = []
