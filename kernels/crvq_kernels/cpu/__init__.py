@@ -16,10 +16,10 @@
     code_search.py, rows.py        call the search and the product
     processor.py                   what else this processor has
 
-Only `ops`, `crvq_kernels.code_search`, `crvq_kernels.rows` and `crvq_kernels` itself use this, beside tests, benchmarks
-and `crvq doctor`. `binding` imports `packing` and nothing else of `crvq_kernels`, `address` and `processor` nothing. A
-new instruction set is a file of C, its number in `instruction_set.h`, a line in `instruction_set.c`, and its name in
-`binding.INSTRUCTIONS`.
+Only `ops`, `crvq_kernels.code_search`, `crvq_kernels.rows` and `crvq_kernels` itself use this, beside tests,
+benchmarks and `crvq doctor`. `binding` imports `packing` and nothing else of `crvq_kernels`, `address` and `processor`
+nothing. A new instruction set is a file of C, its number in `instruction_set.h`, a line in `instruction_set.c`, and
+its name in `binding.INSTRUCTIONS`.
 """
 
 from .binding import INSTRUCTIONS, Layer, library, uses_tables, why_not_better
