@@ -1,4 +1,4 @@
-"""`crvq eval`: perplexity on a text, speed of writing, and tasks of the lm-evaluation-harness."""
+"""`crvq eval`: perplexity on a text, agreement with another model, speed of writing, and tasks of lm_eval."""
 
 import argparse
 import dataclasses
@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from ..checkpoint.sources import load
+from ..evaluation.agreement import agreement
 from ..evaluation.perplexity import SEQLEN, check_text, most_tokens, perplexity, read_text_tokens, tokens_per_second
 from ..evaluation.tasks import Tasks, run_tasks, table
 from .options import add_model_options, loading_options
@@ -20,6 +21,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = f"tokens per window (default: {SEQLEN}, or what the model and the text have)"
     parser.add_argument("--seqlen", type=int, metavar="N", help=text)
     parser.add_argument("--windows", type=int, default=10, help="windows at most (default: %(default)s)")
+    text = "also compare with this model, the dense one say: KL divergence, and share of equal predictions"
+    parser.add_argument("--against", metavar="MODEL", help=text)
     parser.add_argument("--speed", type=int, metavar="N", help="also time the writing of N tokens")
     parser.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks of the lm-evaluation-harness (lm_eval)")
     parser.add_argument("--include-path", metavar="DIR", help="folder with task files of your own")
@@ -31,6 +34,8 @@ def run(args: argparse.Namespace) -> None:
     """Prints what was measured."""
     if args.text is None and args.tasks is None:
         raise ValueError("Nothing to evaluate on; give --text FILE, --tasks NAME or both.")
+    if args.against is not None and args.text is None:
+        raise ValueError("--against compares two models on a text; give --text FILE too.")
     tasks = None if args.tasks is None else Tasks(args.tasks.split(","), args.include_path)
     if args.text is not None:
         check_text(args.text)
@@ -45,6 +50,15 @@ def run(args: argparse.Namespace) -> None:
             f"perplexity {result.value:.4f} over {result.tokens} tokens ({result.windows} windows of "
             f"{result.seqlen}), {result.seconds:.1f} s, {model.dtype} on {model.device}"
         )
+    if args.against is not None:
+        other, _ = load(args.against, args.device, args.dtype)
+        compared = agreement(model, other, tokens, args.seqlen, args.windows)
+        found["against"] = dataclasses.asdict(compared)
+        lines.append(
+            f"against {args.against}: KL divergence {compared.kl:.4f} nats per token, {compared.same:.1%} of the "
+            f"predictions equal, {compared.seconds:.1f} s"
+        )
+        del other
     if tasks is not None:
         results = run_tasks(model, tokenizer, tasks, args.limit)
         found["tasks"] = results["results"]

@@ -87,6 +87,25 @@ def perplexity(
         ValueError: `seqlen` or `windows` is out of range, the text is shorter than one window, or its tokens are of
             another model.
     """
+    rows = windows_of(model, tokens, seqlen, windows)
+    count, seqlen = rows.shape
+    start, training = time.perf_counter(), model.training
+    model.eval()
+    total = 0.0
+    try:
+        bar = transformers_logging.tqdm(rows, desc="perplexity", unit="window", leave=False) if progress else rows
+        for row in bar:
+            total += _window_loss(model, row[None])
+    finally:
+        model.train(training)
+    predicted = count * (seqlen - 1)
+    mean = total / predicted
+    value = math.exp(mean) if mean < 700 else math.inf
+    return Perplexity(value, predicted, count, seqlen, time.perf_counter() - start)
+
+
+def windows_of(model: nn.Module, tokens: Tensor, seqlen: int | None, windows: int | None) -> Tensor:
+    """Returns the windows of a text, `[windows, seqlen]`; arguments and errors are those of `perplexity`."""
     longest = longest_text(model)
     check_tokens(model, tokens)
     if seqlen is None:
@@ -100,20 +119,7 @@ def perplexity(
             f"The text has {len(tokens)} tokens, fewer than one window of {seqlen}; give more text or lower seqlen."
         )
     count = len(tokens) // seqlen if windows is None else min(windows, len(tokens) // seqlen)
-    start, training = time.perf_counter(), model.training
-    model.eval()
-    total = 0.0
-    try:
-        rows = tokens[: count * seqlen].view(count, 1, seqlen)
-        bar = transformers_logging.tqdm(rows, desc="perplexity", unit="window", leave=False) if progress else rows
-        for row in bar:
-            total += _window_loss(model, row)
-    finally:
-        model.train(training)
-    predicted = count * (seqlen - 1)
-    mean = total / predicted
-    value = math.exp(mean) if mean < 700 else math.inf
-    return Perplexity(value, predicted, count, seqlen, time.perf_counter() - start)
+    return tokens[: count * seqlen].view(count, seqlen)
 
 
 def _window_loss(model: nn.Module, row: Tensor) -> float:

@@ -169,6 +169,16 @@ def test_eval_is_what_python_computes(which, request, dense, capsys):
     assert f"perplexity {expected.value:.4f} over 93 tokens (3 windows of 32)" in capsys.readouterr().out
 
 
+def test_eval_against_itself_and_another(dense, quantized, capsys):
+    arguments = ["eval", str(quantized), "--text", str(dense / "text.txt"), "--seqlen", "32", "--json", "--against"]
+    found = []
+    for other in (quantized, dense):
+        assert main([*arguments, str(other)]) == 0
+        found.append(json.loads(capsys.readouterr().out)["against"])
+    assert abs(found[0]["kl"]) < 1e-6 and found[0]["same"] == 1
+    assert found[1]["kl"] > 1e-4 and found[1]["same"] < 1 and found[1]["tokens"] == found[0]["tokens"]
+
+
 def test_eval_in_another_dtype(dense, capsys):
     arguments = ["eval", str(dense), "--text", str(dense / "text.txt"), "--seqlen", "32", "--json"]
     assert main([*arguments, "--dtype", "bfloat16"]) == 0
@@ -284,6 +294,7 @@ def test_errors_are_one_line(dense, quantized, tmp_path, capsys):
         (["eval", quantized, "--text", tmp_path / "none.txt"], "is no file"),
         (["eval", quantized, "--text", text, "--seqlen", "4096"], "from 2 to the 128 tokens"),
         (["eval", quantized], "give --text FILE, --tasks NAME or both"),
+        (["eval", quantized, "--tasks", "x", "--against", quantized], "give --text FILE too"),
         (["generate", quantized, "--prompt", ""], "The prompt is empty"),
         (["generate", quantized, "--prompt", "a", "--max-new-tokens", "0"], "at least 1, got 0"),
         (["info", tmp_path], "holds no config.json"),
