@@ -22,6 +22,7 @@ import torch
 from ..checkpoint.gguf import load_gguf
 from ..checkpoint.info import CheckpointInfo, read_info
 from ..config import CRVQConfig
+from ..evaluation.samples import TEMPERATURE
 from ..sharing.report import PAGE
 from ..sharing.text import format_table, megabytes
 from .convert import convert
@@ -42,7 +43,6 @@ AT_THIS_SIZE = {"unquantized": 20.1, "at 2 bits": 43.6, "at 1.14 bits": 115.3}
 WINDOWS, WINDOW_TOKENS = 8, 512
 SPEED_TOKENS = 32
 CALIBRATION_SHARE = 0.8  # of the documentation text
-TEMPERATURE = 0.6  # the likeliest tokens alone end in a phrase that repeats, in small models of few bits
 PROMPT = "The with statement is used to wrap the execution of a block"  # of the kind that it is calibrated on
 
 

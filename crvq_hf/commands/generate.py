@@ -3,11 +3,8 @@
 import argparse
 import math
 
-import torch
-
 from ..checkpoint.sources import load
-from ..generation.default import generate
-from ..pipeline.text import check_tokens
+from ..evaluation.samples import write
 from .options import add_model_options, loading_options
 
 HELP = "let a model write"
@@ -31,17 +28,4 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.temperature < math.inf:
         raise ValueError(f"temperature must be a number from 0 on, got {args.temperature}.")
     model, tokenizer = load(args.model, args.device, args.dtype, options=loading_options(args))
-    if tokenizer.chat_template and not args.raw:
-        messages = [{"role": "user", "content": args.prompt}]
-        tokens = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        tokens = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False)
-    if tokens["input_ids"].numel() == 0:
-        raise ValueError("The prompt is empty; give some text.")
-    check_tokens(model, tokens["input_ids"])
-    torch.manual_seed(args.seed)
-    how = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
-    written = generate(model, **tokens.to(model.device), max_new_tokens=args.max_new_tokens, **how)
-    print(tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True))
+    print(write(model, tokenizer, args.prompt, args.raw, args.max_new_tokens, args.temperature, args.seed))

@@ -12,6 +12,7 @@ from ..checkpoint.info import read_info
 from ..checkpoint.sources import load
 from ..config import FIELDS, CRVQConfig
 from ..evaluation.perplexity import SEQLEN, check_text, most_tokens, perplexity, read_text_tokens
+from ..evaluation.samples import PROMPTS, write_samples
 from ..pipeline.fingerprint import dataset_fingerprint
 from ..resources import distributed
 from ..sharing.report import draw_if_possible, save_report
@@ -110,7 +111,8 @@ def convert_and_measure(
 
     Returns:
         The report, also in `out`/report.json, with `evaluation`: `text`, `text_sha256`, `seqlen`, `windows`, `tokens`,
-        `device`, `dtype`, the `command`, and `value` and `seconds` of `before` and `after`.
+        `device`, `dtype`, the `command`, `value` and `seconds` of `before` and `after`, and `samples`, what both write
+        after each `prompt`.
 
     Raises:
         ValueError: as `convert`, `read_text_tokens` and `perplexity`.
@@ -137,6 +139,10 @@ def convert_and_measure(
         "command": shlex.join(["crvq", "eval", "MODEL", "--text", text.name, *windows]),
         "before": {key: before[key] for key in ("value", "seconds")},
         "after": {key: after[key] for key in ("value", "seconds")},
+        "samples": [
+            {"prompt": prompt, "before": one, "after": other}
+            for prompt, one, other in zip(PROMPTS, before["samples"], after["samples"], strict=True)
+        ],
     }
     report = {**report, "evaluation": evaluation}
     distributed.first(lambda: (save_report(out, report), draw_if_possible(out)))
@@ -144,9 +150,10 @@ def convert_and_measure(
 
 
 def _measure(source: str, gguf_file: str | None, measurement: Measurement, options: dict[str, Any]) -> dict[str, Any]:
-    """Returns what `crvq eval --json` says."""
+    """Returns what `crvq eval --json` says, and what the model writes."""
     model, tokenizer = load(source, measurement.device, gguf_file=gguf_file, options=options)
     tokens = read_text_tokens(tokenizer, measurement.text, most_tokens(measurement.seqlen, measurement.windows))
     result = asdict(perplexity(model, tokens, measurement.seqlen, measurement.windows))
     logger.info("Perplexity of %s: %.4f.", source, result["value"])
+    result["samples"] = write_samples(model, tokenizer)
     return {**result, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}

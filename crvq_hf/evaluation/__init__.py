@@ -1,7 +1,7 @@
 """How good and how fast a model is, quantized or not.
 
-`perplexity` measures on a text, and the tokens written per second; `agreement` compares two models on a text; `tasks`
-runs the lm-evaluation-harness.
+`perplexity` measures on a text, and the tokens written per second; `agreement` compares two models on a text;
+`samples` lets a model write; `tasks` runs the lm-evaluation-harness.
 
 Called by `commands`, and by the benchmarks.
 """

@@ -28,10 +28,13 @@ PICTURE = "report.png"
 PAGE = "report.html"
 UNFINISHED = ".crvq-unfinished"  # marks a folder that `convert` is still writing
 _CACHED = re.compile(r"models--(.+)/snapshots/[^/]+")  # where the hub client keeps a downloaded model
+_SAMPLES = "Tokens drawn with one seed, for a chat model as answers: before quantizing and after."
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .15em .9em .15em 0; text-align: left }
 th { border-bottom: 1px solid #999 } td.n, th.n { text-align: right } img { width: 100% }
+table.samples td { vertical-align: top; white-space: pre-wrap; width: 40%; border-bottom: 1px solid #ddd }
+table.samples td:first-child { width: 20%; color: #666 }
 code { background: #f3f3f3; padding: .1em .3em; overflow-wrap: anywhere }
 """
 
@@ -273,9 +276,25 @@ def _page(info: CheckpointInfo, report: dict[str, Any], numbers: Breakdown, pict
             f"<h2>Kinds of layers</h2>\n<p>{_e(about_errors(report))} All layers are in {REPORT}.</p>",
             f"<table>\n<tr>{_cells(head, 'th')}</tr>",
             *(f"<tr>{_cells(row, 'td')}</tr>" for row in body),
-            "</table>\n</body>\n</html>\n",
+            "</table>",
+            *_samples(report),
+            "</body>\n</html>\n",
         ]
     )
+
+
+def _samples(report: dict[str, Any]) -> list[str]:
+    """Returns the lines of the page that show what the models write, none if that was not measured."""
+    samples = (report.get("evaluation") or {}).get("samples") or []
+    rows = [[sample[name] for name in ("prompt", "before", "after")] for sample in samples]
+    return samples and [
+        f"<h2>What they write</h2>\n<p>{_SAMPLES}</p>\n<table class=samples>",
+        *(
+            f"<tr>{''.join(f'<td>{_e(cell)}</td>' for cell in row)}</tr>"
+            for row in [["prompt", "before", "after"], *rows]
+        ),
+        "</table>",
+    ]
 
 
 def _cells(row: tuple[str, ...], tag: str) -> str:

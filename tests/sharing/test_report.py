@@ -3,6 +3,7 @@
 import base64
 import builtins
 import hashlib
+import html
 import html.parser
 import io
 import json
@@ -22,6 +23,7 @@ from crvq_hf.checkpoint.breakdown import PARTS, break_down, shortest_endings
 from crvq_hf.commands import convert
 from crvq_hf.commands import quantize as measuring
 from crvq_hf.commands.cli import main
+from crvq_hf.evaluation.samples import PROMPTS
 from crvq_hf.modeling.experts import find_fused_experts, unfuse_experts_
 from crvq_hf.sharing import figures
 from crvq_hf.sharing.report import command_line, draw_report, facts, read_quantized, shareable, write_report
@@ -331,6 +333,11 @@ def test_evaluate_measures_before_and_after(made, tmp_path, capsys, monkeypatch)
     for when, folder in (("before", dense), ("after", out)):
         assert main([str(folder) if word == "MODEL" else word for word in words] + ["--json", "--device", "cpu"]) == 0
         assert json.loads(capsys.readouterr().out)["value"] == evaluation[when]["value"]
+    assert [sample["prompt"] for sample in evaluation["samples"]] == list(PROMPTS)
+    page = (out / "report.html").read_text()
+    for sample in evaluation["samples"]:
+        assert sample["before"] and html.escape(sample["before"]) in page and html.escape(sample["after"]) in page
+    assert any(sample["before"] != sample["after"] for sample in evaluation["samples"])
     values = evaluation["before"]["value"], evaluation["after"]["value"]
     assert values[0] != values[1] and "{:.4f} before, {:.4f} after".format(*values) in printed
     page = (out / "report.html").read_text(encoding="utf-8")
