@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -99,12 +100,15 @@ def why_not_better() -> str:
 def uses_tables(num_tokens: int, out_features: int, nbits: int, dtype: torch.dtype) -> bool:
     """Returns whether tables, whose cost is per token, are faster than dequantizing once and multiplying.
 
-    Measured in `benchmarks/speed/cpu.py`. With 16-bit tables only bfloat16, whose matrix products are fast, ever
-    overtakes them, and only where few rows share a table; fp32 tables fall behind with their size.
+    With 16-bit tables (vbmi) only bfloat16, whose matrix products are fast, ever overtakes them, and only where few rows
+    share a table. Making fp32 tables takes 2**nbits operations a channel, for each row they save about one product a
+    channel, and dequantizing takes as long as a product with some 50 tokens. The rule that follows agrees with what was
+    measured, or is within 15 % (kernels/README.md has the table).
     """
     if nbits <= 8 and INSTRUCTIONS[library().level] == "vbmi":
         return dtype != torch.bfloat16 or num_tokens < 256 or out_features >= 2048
-    return num_tokens * 2 ** max(nbits, 8) <= (2**14 if out_features >= 2048 else 2**12)
+    least_rows = 2 ** max(nbits + 1, 9) * num_tokens / (num_tokens + 48)
+    return num_tokens == 1 or out_features >= least_rows
 
 
 class Layer:
@@ -222,8 +226,8 @@ class Layer:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the dense weight `[N, K]`, `dtype`, channels in original order."""
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device="cpu")
-        for rows in self._row_steps():
-            weight[rows] = self._dequantize_rows(rows, permuted=False)
+        for rows, some in self._dequantized_rows(permuted=False):
+            weight[rows] = some
         return weight
 
     def _dequantize_and_multiply(self, x: Tensor, y: Tensor) -> None:
@@ -235,25 +239,24 @@ class Layer:
         dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         ordered = x.to(dtype).index_select(1, channel_order.int())
         bias = None if bias is None else bias.to(dtype)
-        for rows in self._row_steps():
-            weight = self._dequantize_rows(rows, permuted=True).to(dtype)
-            y[:, rows] = F.linear(ordered, weight, None if bias is None else bias[rows])
+        for rows, weight in self._dequantized_rows(permuted=True):
+            y[:, rows] = F.linear(ordered, weight.to(dtype), None if bias is None else bias[rows])
 
-    def _dequantize_rows(self, rows: slice, permuted: bool) -> Tensor:
-        """Returns rows of the weight, fp32, columns in the order of `channel_order` or in original order."""
-        count = rows.stop - rows.start
-        out = torch.empty(count, self.in_features, dtype=torch.float32, device="cpu")
-        place = address(out, torch.float32, count * self.in_features)
-        numbers = (0, rows.start, count, 0, self._library.level, torch.get_num_threads(), int(permuted))
-        if status := self._library.dequantize(_CALL.pack(0, place, *numbers) + self._constants):
-            self._explain(status)
-        return out
+    def _dequantized_rows(self, permuted: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Yields slices of rows with their weights, fp32, about `_WEIGHTS_PER_STEP` at a time.
 
-    def _row_steps(self):
-        """Yields slices of rows that hold about `_WEIGHTS_PER_STEP` weights each."""
-        step = max(16, _WEIGHTS_PER_STEP // self.in_features // 16 * 16)
+        Columns are in the order of `channel_order`, `permuted`, or in original order. All lie in the same memory, one
+        after the other: fresh pages would take as long as what is written to them.
+        """
+        step = min(max(16, _WEIGHTS_PER_STEP // self.in_features // 16 * 16), self.out_features)
+        memory = torch.empty(step, self.in_features, dtype=torch.float32, device="cpu")
+        place = address(memory, torch.float32, step * self.in_features)
         for start in range(0, self.out_features, step):
-            yield slice(start, min(start + step, self.out_features))
+            count = min(step, self.out_features - start)
+            numbers = (0, start, count, 0, self._library.level, torch.get_num_threads(), int(permuted))
+            if status := self._library.dequantize(_CALL.pack(0, place, *numbers) + self._constants):
+                self._explain(status)
+            yield slice(start, start + count), memory[:count]
 
     def _explain(self, status: int) -> None:
         if status == 1:

@@ -14,16 +14,20 @@ enum { SCALAR = 0, AVX2 = 1, VBMI = 2, INSTRUCTION_SETS };
 /* What a function of an instruction set includes is compiled as part of it, with its instructions. */
 #define INLINE static inline __attribute__((always_inline))
 
-/* One way to make tables and to add their entries up. */
+/* One kind of tables. */
 typedef struct table_kind {
+    int tokens;      /* that lie side by side in an entry */
+    int pass;        /* tokens that share a pass over the codes, a multiple */
+    int most_tokens; /* integer tables: of a call; for more, fp32 tables are faster */
     int entry_bytes;
-    /* Codewords to `l->codebooks`, a column for each dimension. */
+    int near_bytes; /* tables in use at a time */
+    int scratch;    /* whether `make` needs some */
+    /* Codewords to `l->codebooks`: for one token a column for each dimension, for several a row for each codeword. */
     void (*read_codebooks)(layer *l);
-    /* Tables of `desk->x` to `desk->tables`, for the groups of a block. */
-    void (*make)(const layer *l, int64_t block, desk *desk);
-    /* Adds one block to the rows of the tiles from `tile` to `tile_end`, a multiple of 4 tiles; `last` of its part. */
-    void (*add)(const layer *l, int64_t block, int last, int64_t tile, int64_t tile_end, const desk *desk,
-                float *sums);
+    /* Tables of `desk->x` to `desk->tables`, for the groups on the desk. */
+    void (*make)(const layer *l, desk *desk);
+    /* Adds these groups to the rows of the tiles from `tile` to `tile_end`, a multiple of 4 tiles. */
+    void (*add)(const layer *l, const desk *desk, int64_t tile, int64_t tile_end, float *sums);
     /* Puts the sums of ROW_MULTIPLE rows in the order of the rows; NULL where they are. */
     void (*order_rows)(float *sums);
 } table_kind;
@@ -38,8 +42,8 @@ typedef struct instruction_set {
     void (*dequantize)(layer *l, int64_t tile, int64_t tile_end);
     /* Codes of the rows from `row` to `row_end`. Returns OK or BAD_CODE. */
     int (*search)(const crvq_search_call *call, int64_t row, int64_t row_end);
-    const table_kind *byte_codes; /* tables for codes of at most 8 bits */
-    const table_kind *wide_codes; /* for longer ones */
+    const table_kind *integer_tables; /* for codes of at most 8 bits and one token at a time; NULL if there are none */
+    const table_kind *float_tables;   /* for one token and, side by side, for more and more; the last has MAX_TOKENS */
 } instruction_set;
 
 extern const instruction_set scalar_set, avx2_set, vbmi_set;

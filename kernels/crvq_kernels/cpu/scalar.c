@@ -17,15 +17,19 @@ static void write_floats(void *data, int type, int64_t start, const float *in, i
 
 static void dequantize(layer *l, int64_t tile, int64_t tile_end) { dequantize_rows(l, tile, tile_end); }
 
-static void make(const layer *l, int64_t block, desk *desk) { make_float_tables(l, block, desk); }
+static void make(const layer *l, desk *desk) { make_float_tables(l, desk); }
+
+static void add(const layer *l, const desk *desk, int64_t tile, int64_t tile_end, float *sums) {
+    add_float_tables(l, desk, tile, tile_end, sums);
+}
 
 static int search(const crvq_search_call *c, int64_t row, int64_t row_end) { return search_rows(c, row, row_end); }
 
-static const table_kind float_tables = {
-    .entry_bytes = sizeof(float),
-    .read_codebooks = read_codebooks,
-    .make = make,
-    .add = add_float_tables,
+static const table_kind float_tables[] = {
+    FLOAT_TABLES(1, 2, 32, make, add),
+    FLOAT_TABLES(4, 4, 64, make, add),
+    FLOAT_TABLES(8, 8, 128, make, add),
+    FLOAT_TABLES(16, 16, 256, make, add),
 };
 
 const instruction_set scalar_set = {
@@ -34,6 +38,5 @@ const instruction_set scalar_set = {
     .write_floats = write_floats,
     .dequantize = dequantize,
     .search = search,
-    .byte_codes = &float_tables,
-    .wide_codes = &float_tables,
+    .float_tables = float_tables,
 };

@@ -4,6 +4,7 @@
 
 #ifdef HAVE_X86
 #include <immintrin.h>
+#include <limits.h>
 #include <string.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx2,fma,f16c")))
@@ -18,13 +19,13 @@ static int runs_here(void) {
 
 /* Tables of one block and one token: per group 256 low bytes, then 256 high bytes, of
  * (table - minimum of the group) / step, the step shared by the block. Outliers so only coarsen their own block. */
-TARGET static void make_byte_tables(const layer *l, int64_t block, desk *desk) {
-    int d = l->call->group, count = groups_in(l, block);
+TARGET static void make_byte_tables(const layer *l, desk *desk) {
+    int d = l->call->group, count = desk->count;
     int64_t size = l->padded_size;
     const float *x = desk->x;
-    float minima[TILE_GROUPS], offset = desk->not_finite, range = 0;
+    float minima[TILE_GROUPS], offset = desk->not_finite[0], range = 0;
     for (int g = 0; g < count; g++) {
-        const float *codebook = l->codebooks + (int64_t)codebook_of(l, block * TILE_GROUPS + g) * size * d;
+        const float *codebook = codebook_of(l, desk, g);
         float *out = desk->scratch + g * TABLE;
         __m512 least = _mm512_set1_ps(__FLT_MAX__), most = _mm512_set1_ps(-__FLT_MAX__);
         for (int64_t c = 0; c < size; c += 128) {
@@ -99,10 +100,10 @@ TARGET static void make_byte_tables(const layer *l, int64_t block, desk *desk) {
 
 /* Adds one block to `parts` * 64 rows. Bytes are summed as 16-bit words: `all` holds even + 256 * odd, `odd` the odd
  * ones. Sums are kept in the order that the last steps leave, see `rows_of_sums`. */
-TARGET INLINE void add_byte_tables(const layer *l, int64_t block, int64_t tile, const desk *desk, float *sums,
-                                        int parts, const uint8_t *ahead) {
-    const uint8_t *codes = l->call->tiles + (block * l->row_tiles + tile) * TILE;
-    int count = groups_in(l, block);
+TARGET INLINE void add_byte_tables(const layer *l, const desk *desk, int64_t tile, float *sums, int parts,
+                                   const uint8_t *ahead) {
+    const uint8_t *codes = l->call->tiles + (desk->block * l->row_tiles + tile) * TILE;
+    int count = desk->count;
     __m512i all_low[2], odd_low[2], all_high[2], odd_high[2];
     for (int p = 0; p < parts; p++) {
         all_low[p] = odd_low[p] = all_high[p] = odd_high[p] = _mm512_setzero_si512();
@@ -163,16 +164,15 @@ TARGET INLINE void add_byte_tables(const layer *l, int64_t block, int64_t tile, 
     }
 }
 
-/* Adds one block, not the last one of its part unless `last`, to the rows of the tiles from `start` on. */
-TARGET static void add_byte_tables_to_rows(const layer *l, int64_t block, int last, int64_t start, int64_t end,
-                                                const desk *desk, float *sums) {
+/* Adds one block to the rows of the tiles from `start` on. */
+TARGET static void add_byte_tables_to_rows(const layer *l, const desk *desk, int64_t start, int64_t end, float *sums) {
     for (int64_t tile = start; tile < end; tile += 8) {
         /* The next codes are asked for well before their turn, at the end those of the next block. */
-        int64_t next = tile + AHEAD_TILES, next_block = block;
-        if (next >= end && !last) next = start + (next - end) % (end - start), next_block++;
+        int64_t next = tile + AHEAD_TILES, next_block = desk->block;
+        if (next >= end && !desk->last) next = start + (next - end) % (end - start), next_block++;
         const uint8_t *ahead = l->call->tiles + (next_block * l->row_tiles + next) * TILE;
-        if (tile + 8 <= end) add_byte_tables(l, block, tile, desk, sums, 2, ahead);
-        else add_byte_tables(l, block, tile, desk, sums, 1, ahead);
+        if (tile + 8 <= end) add_byte_tables(l, desk, tile, sums, 2, ahead);
+        else add_byte_tables(l, desk, tile, sums, 1, ahead);
     }
 }
 
@@ -225,7 +225,12 @@ TARGET static void read_codebooks_vbmi(layer *l) {
 }
 
 static const table_kind byte_tables = {
+    .tokens = 1,
+    .pass = 8,
+    .most_tokens = INT_MAX,
     .entry_bytes = sizeof(uint16_t),
+    .near_bytes = TILE_GROUPS * TABLE * sizeof(uint16_t),
+    .scratch = 1,
     .read_codebooks = read_codebooks_vbmi,
     .make = make_byte_tables,
     .add = add_byte_tables_to_rows,
@@ -238,7 +243,7 @@ const instruction_set vbmi_set = {
     .write_floats = avx2_write_floats,
     .dequantize = avx2_dequantize,
     .search = avx2_search,
-    .byte_codes = &byte_tables,
-    .wide_codes = &avx2_float_tables,
+    .integer_tables = &byte_tables,
+    .float_tables = avx2_float_tables,
 };
 #endif
