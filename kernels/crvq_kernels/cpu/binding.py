@@ -1,7 +1,8 @@
 """The library that the C files beside this one make: finding it, choosing its instruction set, calling it.
 
 The library is optional: without a C compiler at install time there is none, and the PyTorch code in `portable` runs
-instead. The environment variable CRVQ_CPU forces a choice: "vbmi", "avx2", "scalar", or "torch" for no library.
+instead. The environment variable CRVQ_CPU forces a choice: one of `INSTRUCTIONS`, or "torch" for no library. Two are
+only chosen so: "avx512bw" and "neon", which are right (tested by emulation) but whose speed nobody has measured.
 """
 
 import ctypes
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..packing import num_virtual_groups, tiled_size
 from .address import address
 
-INSTRUCTIONS = ("scalar", "avx2", "vbmi")  # numbered as in instruction_set.h, each better than the one before
+INSTRUCTIONS = ("scalar", "avx2", "avx512bw", "vbmi", "neon")  # numbered as in instruction_set.h
 CHOICES = (*INSTRUCTIONS, "torch")
 FILE = Path(__file__).with_name("libcrvq_cpu.so")
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -34,7 +35,7 @@ class Library:
     """The loaded library.
 
     Attributes:
-        supported: index into `INSTRUCTIONS` of the best this processor has.
+        supported: indices into `INSTRUCTIONS` of all that this processor has.
         level: index into `INSTRUCTIONS` of what is used.
         linear, dequantize: C functions of a packed `crvq_call`; what they return is for `Layer`.
         search: C function of a packed `SEARCH_CALL`; returns 0, or another number for a code that is no codeword's.
@@ -53,7 +54,8 @@ class Library:
         self.search = library.crvq_search
         for function in (self.linear, self.dequantize, self.search):
             function.argtypes = [ctypes.c_char_p]
-        self.supported = self.level = library.crvq_instructions()
+        self.supported = [number for number in range(len(INSTRUCTIONS)) if library.crvq_has_instructions(number)]
+        self.level = library.crvq_instructions()
 
 
 @functools.cache
@@ -76,9 +78,9 @@ def library() -> Library | None:
         return None
     if choice:
         loaded.level = INSTRUCTIONS.index(choice)
-        if loaded.level > loaded.supported:
-            best = INSTRUCTIONS[loaded.supported]
-            raise ValueError(f"CRVQ_CPU asks for {choice!r}, but this processor has {best!r} at best")
+        if loaded.level not in loaded.supported:
+            names = ", ".join(INSTRUCTIONS[number] for number in loaded.supported)
+            raise ValueError(f"CRVQ_CPU asks for {choice!r}, but this processor has {names} only")
     return loaded
 
 
@@ -92,7 +94,7 @@ def why_not_better() -> str:
             Library(FILE)
         except OSError as error:
             return f"no compiled kernel ({error}); install crvq_hf where there is a C compiler"
-    if library().level < len(INSTRUCTIONS) - 1:
+    if library().level != INSTRUCTIONS.index("vbmi"):
         return "this processor has no AVX-512 VBMI"
     return ""
 
@@ -100,10 +102,10 @@ def why_not_better() -> str:
 def uses_tables(num_tokens: int, out_features: int, nbits: int, dtype: torch.dtype) -> bool:
     """Returns whether tables, whose cost is per token, are faster than dequantizing once and multiplying.
 
-    With 16-bit tables (vbmi) only bfloat16, whose matrix products are fast, ever overtakes them, and only where few rows
-    share a table. Making fp32 tables takes 2**nbits operations a channel, for each row they save about one product a
-    channel, and dequantizing takes as long as a product with some 50 tokens. The rule that follows agrees with what was
-    measured, or is within 15 % (kernels/README.md has the table).
+    With 16-bit tables (vbmi) only bfloat16, whose matrix products are fast, ever overtakes them, and only where few
+    rows share a table. Making fp32 tables takes 2**nbits operations a channel, where each row saves about one, and
+    dequantizing takes as long as a product with some 50 tokens. The rule that follows from that agrees with what was
+    measured, or costs less than 15 % (kernels/README.md has the measurements).
     """
     if nbits <= 8 and INSTRUCTIONS[library().level] == "vbmi":
         return dtype != torch.bfloat16 or num_tokens < 256 or out_features >= 2048

@@ -61,8 +61,9 @@ typedef struct {
 /* Writes the codes. Returns OK or BAD_CODE. */
 EXPORT int crvq_search(const crvq_search_call *call);
 
-/* The number of the best instruction set of this processor. */
+/* The number of the instruction set to be used on this processor, and whether it has one of that number. */
 EXPORT int crvq_instructions(void);
+EXPORT int crvq_has_instructions(int number);
 
 /* Size of both arguments, so that binding.py can refuse a library that was built from other sources. */
 EXPORT int crvq_call_size(void);

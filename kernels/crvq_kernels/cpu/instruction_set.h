@@ -3,12 +3,14 @@
 #pragma once
 #include "layer.h"
 
-/* The instruction sets by number: each is better than the one before. */
-enum { SCALAR = 0, AVX2 = 1, VBMI = 2, INSTRUCTION_SETS };
+/* The instruction sets by number: each is better than those before, but for what is chosen on request only. */
+enum { SCALAR = 0, AVX2 = 1, AVX512BW = 2, VBMI = 3, NEON = 4, INSTRUCTION_SETS };
 
 /* Whether sets of this architecture are compiled. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define HAVE_X86 1
+#elif defined(__aarch64__) && defined(__GNUC__)
+#define HAVE_ARM64 1
 #endif
 
 /* What a function of an instruction set includes is compiled as part of it, with its instructions. */
@@ -35,6 +37,7 @@ typedef struct table_kind {
 typedef struct instruction_set {
     /* Whether this processor has the instructions. */
     int (*runs_here)(void);
+    int on_request; /* not by itself: its speed is not known to be better */
     /* Elements [start, start + count) of `data`, of any float type. */
     void (*read_floats)(float *out, const void *data, int type, int64_t start, int64_t count);
     void (*write_floats)(void *data, int type, int64_t start, const float *in, int64_t count);
@@ -46,7 +49,7 @@ typedef struct instruction_set {
     const table_kind *float_tables;   /* for one token and, side by side, for more and more; the last has MAX_TOKENS */
 } instruction_set;
 
-extern const instruction_set scalar_set, avx2_set, vbmi_set;
+extern const instruction_set scalar_set, avx2_set, avx512bw_set, vbmi_set, neon_set;
 
 /* By number; NULL where the architecture has no such instructions. */
 extern const instruction_set *const instruction_sets[INSTRUCTION_SETS];

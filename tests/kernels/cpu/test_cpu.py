@@ -215,7 +215,9 @@ def test_fake_and_vmapped_tensors_do_not_reach_the_kernel(make_layer, instructio
 def test_choice_by_environment(monkeypatch):
     monkeypatch.setattr(binding, "library", binding.library.__wrapped__)
     monkeypatch.setenv("CRVQ_CPU", "fast")
-    with pytest.raises(ValueError, match="CRVQ_CPU must be one of scalar, avx2, vbmi, torch or unset, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="CRVQ_CPU must be one of scalar, avx2, avx512bw, vbmi, neon, torch or unset, got 'fast'"
+    ):
         binding.library()
     monkeypatch.setenv("CRVQ_CPU", " Torch ")
     assert binding.library() is None and "CRVQ_CPU" in binding.why_not_better()
@@ -246,14 +248,14 @@ def test_more_than_the_processor_has_is_refused(monkeypatch):
     monkeypatch.setattr(binding, "library", binding.library.__wrapped__)
 
     class Old:
-        supported = level = 0
+        supported, level = [0, 1], 1
 
         def __init__(self, path):
             pass
 
     monkeypatch.setattr(binding, "Library", Old)
     monkeypatch.setenv("CRVQ_CPU", "vbmi")
-    with pytest.raises(ValueError, match="asks for 'vbmi', but this processor has 'scalar' at best"):
+    with pytest.raises(ValueError, match="asks for 'vbmi', but this processor has scalar, avx2 only"):
         binding.library()
     monkeypatch.delenv("CRVQ_CPU")
     assert binding.why_not_better() == "this processor has no AVX-512 VBMI"
