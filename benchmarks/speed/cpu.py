@@ -7,10 +7,12 @@ The contenders take turns in one process; a time is the median of its repetition
 within repetitions. One thread, unless --threads says more, timed in CPU time, so that other work on the machine counts
 little; more threads are timed in wall time.
 
-layers: single layers, d 8, e 8, E 3, 2 % critical channels, random codes, no bias. Every turn begins with calls that
-    are not timed, so weights that fit a cache are in it. `bf16` and `crvq_bf16` get bf16 `x` and are compared with
-    each other; `nn_linear` and `module` are the modules of a model. `aqlm` is its 1x8 CPU kernel, if it is installed
-    (pip install aqlm numba scipy): base codes only, which is less work, and one thread, as it is wrong with more.
+layers: single layers, d 8, e 8, E 3, 2 % critical channels, random codes, no bias, by every instruction set that the
+    processor has (CRVQ_CPU: by that one); what it lacks is said, and its goals are left out. Every turn begins with
+    calls that are not timed, so weights that fit a cache are in it. `bf16` and `crvq_bf16` get bf16 `x` and are
+    compared with each other; `nn_linear` and `module` are the modules of a model. `aqlm` is its 1x8 CPU kernel, if it
+    is installed (pip install aqlm numba scipy): base codes only, which is less work, and one thread, as it is wrong
+    with more.
 decode: every linear layer of a Llama-2-7B decode step, each with memory of its own, so that weights come from memory
     and not from a cache: all 32 blocks of CRVQ, as many dense ones as 2.4 GB hold. One thread and two; the ratio of
     the two is in wall time. Also whether results are the same in every run. Takes 7 GB.
@@ -44,11 +46,25 @@ from ..common.timing import paired, ratio, relative_error, short
 from .layers import Layer, random_layer
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096), (11008, 4096), (4096, 11008))  # N, K
-TOKENS, AQLM_TOKENS = (1, 2, 4, 16, 64, 128), (1, 16)
+TOKENS, AQLM_TOKENS = (1, 2, 4, 16, 64, 128, 512), (1, 16)
 BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)  # of Llama-2-7B
 BLOCKS = {"crvq": 32, "fp32": 3, "bf16": 6}
 PROMPT, NEW_TOKENS = "The sea is", 64
 IDENTICAL = "identical results"
+
+# What layers are to reach over fp32 by tokens: large ones (4096 features), small ones, and single shapes.
+LEAST_OVER_FP32 = {
+    "vbmi": {
+        "large": {16: 0.8, 128: 1.0},
+        "small": {16: 0.8, 128: 0.45},
+        (576, 576): {1: 1.5},
+        (1536, 576): {1: 4.0},
+        (4096, 4096): {1: 15.0},
+        (11008, 4096): {1: 20.0},
+    },
+    "avx512bw": {"large": {1: 10.0, 16: 5.0, 128: 1.5, 512: 1.5}, "small": dict.fromkeys(TOKENS, 1.0)},
+    "avx2": {"large": {1: 6.0, 16: 5.0, 128: 1.5, 512: 1.5}, "small": dict.fromkeys(TOKENS, 1.0)},
+}
 
 Goal = tuple[str, float, float, float]  # name, value, least, most
 
@@ -68,13 +84,26 @@ def main(arguments: list[str]) -> None:
     goals = []
     for part in PARTS if args.part == "all" else (args.part,):
         if part != "model" or args.models:
-            goals += run(part, args)
+            for number in instruction_sets() if part == "layers" else [cpu.library().level]:
+                before, cpu.library().level = cpu.library().level, number
+                goals += run(part, args)
+                cpu.library().level = before
     missed = [name for name, value, least, most in goals if not least <= value <= most]
     if args.check:
         header = ("goal", "found", "at least", "at most")
         print("\n" + markdown([dict(zip(header, goal, strict=True)) for goal in goals]))
     if missed and (args.check or IDENTICAL in missed):
         sys.exit(f"missed: {'; '.join(missed)}")
+
+
+def instruction_sets() -> list[int]:
+    """Returns the instruction sets to measure, as numbers: that of CRVQ_CPU, or all that there are."""
+    library = cpu.library()
+    if os.environ.get("CRVQ_CPU"):
+        return [library.level]
+    lacking = [name for number, name in enumerate(cpu.INSTRUCTIONS) if number not in library.supported]
+    print(f"not measured, for this processor lacks them: {', '.join(lacking) or 'none'}", flush=True)
+    return library.supported
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -191,11 +220,11 @@ def with_outliers(x: Tensor, layer: Layer) -> Tensor:
 
 def layer_goals(rows: list[dict]) -> Iterator[Goal]:
     """Yields what single layers are to reach."""
-    one_token = {(576, 576): 1.5, (1536, 576): 4.0, (4096, 4096): 15.0, (11008, 4096): 20.0}
+    goals = LEAST_OVER_FP32.get(cpu.INSTRUCTIONS[cpu.library().level], {})
     for row in rows:
         shape, name = (row["n"], row["k"]), f"{row['n']} x {row['k']}, M {row['m']}"
-        many_tokens = 1.0 if min(shape) >= 4096 else 0.45
-        least = {1: one_token.get(shape), 16: 0.8, 128: many_tokens}.get(row["m"])
+        of_size = goals.get("large" if max(shape) >= 4096 else "small", {})
+        least = goals.get(shape, {}).get(row["m"], of_size.get(row["m"]))
         if least is not None:
             yield f"{name}: over fp32", row["over_fp32"], least, float("inf")
         if row["m"] == 1 and row["over_aqlm"] is not None:

@@ -104,12 +104,12 @@ def uses_tables(num_tokens: int, out_features: int, nbits: int, dtype: torch.dty
 
     With 16-bit tables (vbmi) only bfloat16, whose matrix products are fast, ever overtakes them, and only where few
     rows share a table. Making fp32 tables takes 2**nbits operations a channel, where each row saves about one, and
-    dequantizing takes as long as a product with some 50 tokens. The rule that follows from that agrees with what was
-    measured, or costs less than 15 % (kernels/README.md has the measurements).
+    dequantizing takes as long as a product with some 50 tokens; the largest tables leave the caches. The rule that
+    follows was fitted to the measurements in kernels/README.md.
     """
     if nbits <= 8 and INSTRUCTIONS[library().level] == "vbmi":
         return dtype != torch.bfloat16 or num_tokens < 256 or out_features >= 2048
-    least_rows = 2 ** max(nbits + 1, 9) * num_tokens / (num_tokens + 48)
+    least_rows = 2 ** (max(nbits, 8) + (1 if nbits <= 10 else 2)) * num_tokens / (num_tokens + 48)
     return num_tokens == 1 or out_features >= least_rows
 
 

@@ -121,10 +121,11 @@ static void prompt_thread(void *context, int thread) {
     for (int64_t i; (i = atomic_fetch_add(&p->next, 1)) < p->passes;) linear_pass(&p->layers[thread], i * p->pass);
 }
 
+enum { LINE = 64 }; /* bytes of a cache line, to which arrays are aligned */
+
 /* Memory that a calling thread keeps until it ends: fresh pages would cost more than a small layer. */
 typedef struct {
     size_t size;
-    uint8_t padding[64 - sizeof(size_t)];
 } workspace_header;
 
 static pthread_key_t workspace_key;
@@ -137,18 +138,17 @@ static uint8_t *workspace(size_t size) {
     workspace_header *held = pthread_getspecific(workspace_key);
     if (!held || held->size < size) {
         free(held);
-        void *memory = NULL;
-        if (posix_memalign(&memory, sizeof *held, sizeof *held + size)) memory = NULL;
-        held = memory;
+        held = malloc(sizeof *held + LINE + size);
         if (pthread_setspecific(workspace_key, held) || !held) return NULL;
         held->size = size;
     }
-    return (uint8_t *)(held + 1);
+    uintptr_t start = (uintptr_t)(held + 1);
+    return (uint8_t *)(start + (LINE - start % LINE) % LINE);
 }
 
 static void *take(uint8_t **next, int64_t bytes) {
     void *here = *next;
-    if (here) *next += (bytes + 63) / 64 * 64;
+    if (here) *next += (bytes + LINE - 1) / LINE * LINE;
     return here;
 }
 
@@ -156,7 +156,7 @@ static void *take(uint8_t **next, int64_t bytes) {
 static int64_t lay_out(layer *l, uint8_t *memory) {
     const crvq_call *c = l->call;
     /* Measuring goes along a made-up address, which is never used. */
-    uint8_t *start = memory ? memory : (uint8_t *)64, *next = start;
+    uint8_t *start = memory ? memory : (uint8_t *)LINE, *next = start;
     l->staged = c->x_type == FLOAT32 ? NULL : take(&next, l->tokens * c->in_features * sizeof(float));
     l->sums = take(&next, l->parts * l->padded_tokens * l->rows * sizeof(float));
     l->tables = take(&next, l->threads * l->table_size);

@@ -51,12 +51,8 @@ INLINE void dequantize_tile(layer *l, int64_t tile, int64_t block, const int d, 
 INLINE void dequantize_tiles(layer *l, int64_t tile, int64_t tile_end, const int d) {
     for (; tile < tile_end; tile++) {
         for (int64_t block = 0; block * TILE_GROUPS < l->groups; block++) {
-            switch (l->high_bits) {
-                case 0: dequantize_tile(l, tile, block, d, 0); break;
-                case 1: dequantize_tile(l, tile, block, d, 1); break;
-                case 2: dequantize_tile(l, tile, block, d, 2); break;
-                default: dequantize_tile(l, tile, block, d, 4); break;
-            }
+            if (l->high_bits == 0) dequantize_tile(l, tile, block, d, 0);
+            else dequantize_tile(l, tile, block, d, l->high_bits);
         }
     }
 }

@@ -31,7 +31,8 @@ INLINE void make_for_one(const layer *l, desk *desk) {
 }
 
 /* table[g][c][token] of as many tokens as `registers` hold. Codebooks are rows. */
-INLINE void make_for_many(const layer *l, desk *desk, const int registers, const int d) {
+INLINE void make_for_many(const layer *l, desk *desk, const int registers) {
+    int d = l->call->group;
     lanes *table = (lanes *)desk->tables;
     const lanes *start = (const lanes *)desk->not_finite, *x = (const lanes *)desk->x;
     for (int g = 0; g < desk->count; g++, table += l->entries * registers, x += d * registers) {
@@ -54,32 +55,35 @@ INLINE void make_for_many(const layer *l, desk *desk, const int registers, const
         .read_codebooks = read_codebooks, .make = make_them, .add = add_them,                   \
     }
 
-INLINE void make_for(const layer *l, desk *desk, const int tokens) {
-    switch (l->call->group) {
-        case 4: make_for_many(l, desk, tokens / LANES, 4); break;
-        case 8: make_for_many(l, desk, tokens / LANES, 8); break;
-        default: make_for_many(l, desk, tokens / LANES, 16); break;
-    }
-}
-
 INLINE void make_float_tables(const layer *l, desk *desk) {
     switch (l->kind->tokens) {
         case 1: make_for_one(l, desk); break;
 #if LANES == 4
-        case 4: make_for(l, desk, 4); break;
+        case 4: make_for_many(l, desk, 1); break;
 #endif
-        case 8: make_for(l, desk, 8); break;
-        default: make_for(l, desk, 16); break;
+        case 8: make_for_many(l, desk, 8 / LANES); break;
+        default: make_for_many(l, desk, 16 / LANES); break;
     }
 }
 
 /* Keeps the compiler from shifting anew for every byte: x86 takes the two lowest out of a register as they are. */
 #define BY_PAIRS(word) __asm__("" : "+r"(word))
 
-/* Code r of those in `low`, a byte each, and in `above`, `bits` each. */
-INLINE uint64_t code_of(uint64_t low, uint64_t above, int r, const int bits) {
-    uint64_t code = low >> 8 * r & 255;
-    return bits ? code | (above >> bits * r & ((1 << bits) - 1)) << 8 : code;
+/* What the codes of a group have beyond eight bits, in a tile whose high plane starts there: `bits` for each row. */
+INLINE uint64_t read_above(const uint8_t *high, int group, const int bits) {
+    uint64_t above = 0;
+    if (bits == 1) memcpy(&above, high + group * 2, 2);
+    else if (bits == 2) memcpy(&above, high + group * 4, 4);
+    else if (bits == 4) memcpy(&above, high + group * 8, 8);
+    return above;
+}
+
+/* Takes the next code out of `low`, which has a byte of each, and `above`, which has `bits` of each. */
+INLINE uint64_t next_code(uint64_t *low, uint64_t *above, const int bits) {
+    uint64_t code = *low & 255;
+    if (bits) code |= (*above & ((1 << bits) - 1)) << 8;
+    *low >>= 8, *above >>= bits;
+    return code;
 }
 
 /* Adds the groups on the desk to SUMS rows of a tile, from `row` on; `bits`: of a code, beyond eight. */
@@ -90,14 +94,11 @@ INLINE void add_for_one(const layer *l, const desk *desk, int64_t tile, int row,
     float sums[SUMS];
     for (int s = 0; s < SUMS; s++) sums[s] = out[s];
     for (int g = 0; g < desk->count; g++, table += l->entries) {
-        uint64_t low = 0, above = 0;
+        uint64_t low = 0, above = read_above(high, g, bits) >> row * bits;
         memcpy(&low, codes + g * TILE_ROWS, SUMS);
-        memcpy(&above, high + g * 2 * bits, 2 * bits);
-        above >>= row * bits;
-        for (int s = 0; s < SUMS; s += 2, low >>= 16, above >>= 2 * bits) {
-            BY_PAIRS(low);
-            sums[s] += table[code_of(low, above, 0, bits)];
-            sums[s + 1] += table[code_of(low, above, 1, bits)];
+        for (int s = 0; s < SUMS; s++) {
+            if (s % 2 == 0) BY_PAIRS(low);
+            sums[s] += table[next_code(&low, &above, bits)];
         }
     }
     for (int s = 0; s < SUMS; s++) out[s] = sums[s];
@@ -112,11 +113,10 @@ INLINE void add_for_many(const layer *l, const desk *desk, int64_t tile, int row
     lanes sums[SUMS], *own = (lanes *)out;
     for (int s = 0; s < SUMS; s++) sums[s] = own[s];
     for (int g = 0; g < desk->count; g++, table += l->entries * registers) {
-        uint64_t low = 0, above = 0;
+        uint64_t low = 0, above = read_above(high, g, bits) >> row * bits;
         memcpy(&low, codes + g * TILE_ROWS, SUMS / registers);
-        memcpy(&above, high + g * 2 * bits, 2 * bits);
         for (int r = 0; r < SUMS / registers; r++) {
-            const lanes *entry = table + code_of(low, above >> row * bits, r, bits) * registers;
+            const lanes *entry = table + next_code(&low, &above, bits) * registers;
             for (int k = 0; k < registers; k++) sums[r * registers + k] += entry[k];
         }
     }
@@ -136,12 +136,8 @@ INLINE void add_for(const layer *l, const desk *desk, int64_t tile, int64_t tile
 }
 
 INLINE void add_with(const layer *l, const desk *desk, int64_t tile, int64_t tile_end, float *sums, const int tokens) {
-    switch (l->high_bits) {
-        case 0: add_for(l, desk, tile, tile_end, sums, tokens, 0); break;
-        case 1: add_for(l, desk, tile, tile_end, sums, tokens, 1); break;
-        case 2: add_for(l, desk, tile, tile_end, sums, tokens, 2); break;
-        default: add_for(l, desk, tile, tile_end, sums, tokens, 4); break;
-    }
+    if (l->high_bits == 0) add_for(l, desk, tile, tile_end, sums, tokens, 0);
+    else add_for(l, desk, tile, tile_end, sums, tokens, l->high_bits);
 }
 
 INLINE void add_float_tables(const layer *l, const desk *desk, int64_t tile, int64_t tile_end, float *sums) {
