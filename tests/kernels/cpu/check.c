@@ -13,7 +13,7 @@
 
 enum { ROWS = 200, PADDED = 256, CHANNELS = 384, BOOKS = 3, CRITICAL = 3, MOST = 70, CALLERS = 3, GROUP = 8 };
 
-static const int FORMS[][2] = {{8, 8}, {4, 8}, {16, 8}, {8, 9}, {4, 10}, {16, 12}}; /* group, bits of a code */
+static const int FORMS[][2] = {{4, 8}, {8, 8}, {16, 8}, {8, 9}, {4, 10}, {16, 12}}; /* group, bits of a code */
 static const int TOKENS[] = {1, 2, 3, 7, 19, MOST};
 
 typedef struct {
@@ -109,7 +109,7 @@ static int check_form(int group, int bits) {
         if (!crvq_has_instructions(instructions)) continue;
         job jobs[CALLERS];
         pthread_t threads[CALLERS];
-        int callers = group == GROUP && bits == 8 ? CALLERS : 1;
+        int callers = group == FORMS[0][0] && bits == FORMS[0][1] ? CALLERS : 1;
         for (int i = 0; i < callers; i++) {
             jobs[i] = (job){.expected = expected, .call = {
                 .x = x, .instructions = instructions, .tiles = tiles, .codebooks = codebooks, .scales = scales,
