@@ -54,7 +54,7 @@ CPU_KERNEL = Extension(
     "crvq_kernels.cpu.libcrvq_cpu",
     sources=sorted(glob("kernels/crvq_kernels/cpu/*.c", root_dir=ROOT)),
     depends=sorted(glob("kernels/crvq_kernels/cpu/*.h", root_dir=ROOT)),
-    extra_compile_args=["-std=gnu11", "-O3", "-pthread", "-fvisibility=hidden"],
+    extra_compile_args=["-std=gnu11", "-O3", "-fno-tree-slp-vectorize", "-pthread", "-fvisibility=hidden"],
     extra_link_args=["-pthread"],
     optional=True,
 )

@@ -1,32 +1,29 @@
 """Speed and accuracy of CRVQ layers on a CPU, against dense ones; appends rows to results/cpu_*.csv.
 
     python -m benchmarks cpu --check                       # layers and decode, and their goals
-    python -m benchmarks cpu --part model MODEL QUANTIZED  # folders of a dense model and of its quantized one
 
 The contenders take turns in one process; a time is the median of its repetitions, a ratio the median of the ratios
 within repetitions. One thread, unless --threads says more, timed in CPU time, so that other work on the machine counts
 little; more threads are timed in wall time.
 
-layers: single layers, d 8, e 8, E 3, 2 % critical channels, random codes, no bias. Every turn begins with calls that
-    are not timed, so weights that fit a cache are in it. `bf16` and `crvq_bf16` get bf16 `x` and are compared with
-    each other; `nn_linear` and `module` are the modules of a model. `aqlm` is its 1x8 CPU kernel, if it is installed
-    (pip install aqlm numba scipy): base codes only, which is less work, and one thread, as it is wrong with more.
+layers: single layers, d 8, e 8, E 3, 2 % critical channels, random codes, no bias, by every instruction set that the
+    processor has (CRVQ_CPU: by that one); what it lacks is said, and its goals are left out. Every turn begins with
+    calls that are not timed, so weights that fit a cache are in it. `bf16` and `crvq_bf16` get bf16 `x` and are
+    compared with each other; `nn_linear` and `module` are the modules of a model. `aqlm` is its 1x8 CPU kernel, if it
+    is installed (pip install aqlm numba scipy): base codes only, which is less work, and one thread, as it is wrong
+    with more.
 decode: every linear layer of a Llama-2-7B decode step, each with memory of its own, so that weights come from memory
     and not from a cache: all 32 blocks of CRVQ, as many dense ones as 2.4 GB hold. One thread and two; the ratio of
     the two is in wall time. Also whether results are the same in every run. Takes 7 GB.
-model: greedy `generate`, wall time, and whether it writes what it does with PyTorch code instead of the kernel.
 """
 
 import argparse
 import functools
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 
 import crvq_kernels
@@ -44,11 +41,24 @@ from ..common.timing import paired, ratio, relative_error, short
 from .layers import Layer, random_layer
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096), (11008, 4096), (4096, 11008))  # N, K
-TOKENS, AQLM_TOKENS = (1, 2, 4, 16, 64, 128), (1, 16)
+TOKENS, AQLM_TOKENS = (1, 2, 4, 16, 64, 128, 512), (1, 16)
 BLOCK = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)  # of Llama-2-7B
 BLOCKS = {"crvq": 32, "fp32": 3, "bf16": 6}
-PROMPT, NEW_TOKENS = "The sea is", 64
 IDENTICAL = "identical results"
+
+# What layers are to reach over fp32 by tokens: large ones (4096 features), small ones, and single shapes.
+LEAST_OVER_FP32 = {
+    "vbmi": {
+        "large": {16: 0.8, 128: 1.0},
+        "small": {16: 0.8, 128: 0.45},
+        (576, 576): {1: 1.5},
+        (1536, 576): {1: 4.0},
+        (4096, 4096): {1: 15.0},
+        (11008, 4096): {1: 20.0},
+    },
+    "avx512bw": {"large": {1: 10.0, 16: 5.0, 128: 1.5, 512: 1.5}, "small": dict.fromkeys(TOKENS, 1.0)},
+    "avx2": {"large": {1: 6.0, 16: 5.0, 128: 1.5, 512: 1.5}, "small": dict.fromkeys(TOKENS, 1.0)},
+}
 
 Goal = tuple[str, float, float, float]  # name, value, least, most
 
@@ -60,15 +70,14 @@ def main(arguments: list[str]) -> None:
     wanted = os.environ | dict.fromkeys(names, str(args.threads)) | {"NUMBA_NUM_THREADS": "1"}
     if wanted != dict(os.environ):  # read when torch and numba are loaded, so start again
         os.execve(sys.executable, again("cpu", *arguments), wanted)
-    if args.part == "tokens":
-        print(json.dumps(writer(args.models[0])()))
-        return
     if cpu.library() is None:
         sys.exit(f"There is nothing to measure without the compiled kernel: {crvq_kernels.why_not_better()}.")
     goals = []
     for part in PARTS if args.part == "all" else (args.part,):
-        if part != "model" or args.models:
+        for number in instruction_sets() if part == "layers" else [cpu.library().level]:
+            before, cpu.library().level = cpu.library().level, number
             goals += run(part, args)
+            cpu.library().level = before
     missed = [name for name, value, least, most in goals if not least <= value <= most]
     if args.check:
         header = ("goal", "found", "at least", "at most")
@@ -77,18 +86,24 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"missed: {'; '.join(missed)}")
 
 
+def instruction_sets() -> list[int]:
+    """Returns the instruction sets to measure, as numbers: that of CRVQ_CPU, or all that there are."""
+    library = cpu.library()
+    if os.environ.get("CRVQ_CPU"):
+        return [library.level]
+    lacking = [name for number, name in enumerate(cpu.INSTRUCTIONS) if number not in library.supported]
+    print(f"not measured, for this processor lacks them: {', '.join(lacking) or 'none'}", flush=True)
+    return library.supported
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Reads the command line."""
     parser = command_line(__name__)
-    parser.add_argument("models", nargs="*", help="for the part model: folders of the dense and the quantized model")
-    parser.add_argument("--part", choices=("all", *PARTS, "tokens"), default="all", help="tokens is for internal use")
-    parser.add_argument("--threads", type=int, default=1, help="of layers and model; decode takes 1 and 2")
+    parser.add_argument("--part", choices=("all", *PARTS), default="all")
+    parser.add_argument("--threads", type=int, default=1, help="of layers; decode takes 1 and 2")
     parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument("--check", action="store_true", help="compare with the goals; exit 1 if one is missed")
-    args = parser.parse_args(arguments)
-    if len(args.models) not in {"model": (2,), "tokens": (1,), "all": (0, 2)}.get(args.part, (0,)):
-        parser.error("the part model needs two folders, MODEL and QUANTIZED, other parts none")
-    return args
+    return parser.parse_args(arguments)
 
 
 @torch.no_grad()
@@ -191,11 +206,11 @@ def with_outliers(x: Tensor, layer: Layer) -> Tensor:
 
 def layer_goals(rows: list[dict]) -> Iterator[Goal]:
     """Yields what single layers are to reach."""
-    one_token = {(576, 576): 1.5, (1536, 576): 4.0, (4096, 4096): 15.0, (11008, 4096): 20.0}
+    goals = LEAST_OVER_FP32.get(cpu.INSTRUCTIONS[cpu.library().level], {})
     for row in rows:
         shape, name = (row["n"], row["k"]), f"{row['n']} x {row['k']}, M {row['m']}"
-        many_tokens = 1.0 if min(shape) >= 4096 else 0.45
-        least = {1: one_token.get(shape), 16: 0.8, 128: many_tokens}.get(row["m"])
+        of_size = goals.get("large" if max(shape) >= 4096 else "small", {})
+        least = goals.get(shape, {}).get(row["m"], of_size.get(row["m"]))
         if least is not None:
             yield f"{name}: over fp32", row["over_fp32"], least, float("inf")
         if row["m"] == 1 and row["over_aqlm"] is not None:
@@ -268,40 +283,6 @@ def decode_goals(rows: list[dict]) -> Iterator[Goal]:
     yield IDENTICAL, float(rows[0]["identical"] == "yes"), 1.0, 1.0
 
 
-def measure_model(args: argparse.Namespace) -> Iterator[dict]:
-    """Yields one row: tokens per second of the dense and of the quantized model."""
-    dense, quantized = (writer(folder) for folder in args.models)
-    command = again("cpu", "--part", "tokens", "--threads", str(args.threads), args.models[1])
-    environment = os.environ | {"CRVQ_CPU": "torch"}
-    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    same = json.loads(printed.splitlines()[-1]) == quantized()
-    times = paired({"dense": dense, "crvq": quantized}, args.repetitions)
-    yield {
-        "model": Path(args.models[1]).resolve().name,
-        "new_tokens": NEW_TOKENS,
-        "dense_tokens_per_s": short(NEW_TOKENS / median(times["dense"])),
-        "crvq_tokens_per_s": short(NEW_TOKENS / median(times["crvq"])),
-        "over_dense": ratio(times, "dense", "crvq"),
-        "tokens": "equal" if same else "differ",
-    }
-
-
-def writer(folder: str) -> Callable[[], list[int]]:
-    """Returns a call of the model in `folder`, in fp32, that returns the tokens it writes greedily."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    inputs = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")
-    options = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-    return lambda: model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :].tolist()
-
-
-def model_goals(rows: list[dict]) -> Iterator[Goal]:
-    """Yields what a model is to reach."""
-    yield "generate over dense", rows[0]["over_dense"], 1.6, float("inf")
-    yield "tokens of the reference", float(rows[0]["tokens"] == "equal"), 1.0, 1.0
-
-
 def clock(threads: int) -> Callable[[], float]:
     """Returns the clock that times so many threads: CPU time leaves out what others do, but adds threads up."""
     return time.process_time if threads == 1 else time.perf_counter
@@ -310,5 +291,4 @@ def clock(threads: int) -> Callable[[], float]:
 PARTS = {
     "layers": (measure_layers, layer_goals),
     "decode": (measure_decode, decode_goals),
-    "model": (measure_model, model_goals),
 }

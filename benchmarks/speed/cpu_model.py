@@ -38,6 +38,7 @@ from ..common.rows import append, commit, cpu_name, markdown, versions
 from ..common.timing import paired, ratio, short
 
 PROMPT, START, NEW_TOKENS = 512, 32, 64
+GOAL = 2.0  # times as fast as dense fp32
 CORES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 Calls = tuple[Callable[[], object], Callable[[], list[int]]]  # of a prompt, and of generating
@@ -56,6 +57,10 @@ def main(arguments: list[str]) -> None:
     append(args.output / "cpu_generation.csv", [row | stamp for row in rows])
     if any(row["tokens"] == "differ" for row in rows):
         sys.exit("The kernels write other tokens than the dense weights do.")
+    (own,) = [row for row in rows if row["loop_ms"] is not None]  # of the kernel that is used here
+    missed = [name for name in ("prompt_over_fp32", "generate_over_fp32") if own[name] < GOAL]
+    if args.check and missed:
+        sys.exit(f"missed: {own['contender']} is to be {GOAL} times dense in {' and '.join(missed)}")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -65,6 +70,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--gguf", nargs="*", default=[], metavar="FILE", help="the same model in llama.cpp's formats")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--check", action="store_true", help=f"exit 1 if CRVQ is not {GOAL} times dense fp32")
     args = parser.parse_args(arguments)
     if args.gguf and importlib.util.find_spec("llama_cpp") is None:
         parser.error("--gguf needs llama.cpp; run: pip install llama-cpp-python")
@@ -80,10 +86,10 @@ def measure(args: argparse.Namespace) -> list[dict]:
         "crvq": load(args.model, torch.float32),
         "crvq_bf16": load(args.model, torch.bfloat16),
     }
-    levels = range(cpu.library().supported + 1)
-    calls = {name: transformers_calls(model, levels[-1]) for name, model in models.items() if name != "crvq"}
-    best = f"crvq_{cpu.INSTRUCTIONS[levels[-1]]}"
-    for level in levels:
+    usual = cpu.library().level
+    calls = {name: transformers_calls(model, usual) for name, model in models.items() if name != "crvq"}
+    best = f"crvq_{cpu.INSTRUCTIONS[usual]}"
+    for level in cpu.library().supported:
         calls[f"crvq_{cpu.INSTRUCTIONS[level]}"] = transformers_calls(models["crvq"], level)
     calls |= {f"llama.cpp {Path(file).stem}": llama_calls(file, args.threads) for file in args.gguf}
     tokens = {name: generate() for name, (_, generate) in calls.items()}

@@ -7,6 +7,8 @@
     code_search.h                  the same for the search for codes when a model is quantized
     int8_rows.h                    the same for the product with rows of int8 numbers
     scalar.c, avx2.c, vbmi.c       the instruction sets
+    avx512bw.c, neon.c             two more, which only CRVQ_CPU chooses: their speed has not been measured
+    avx512.h, avx2.h, scalar.h     what one of them takes from another
     instruction_set.c              the list of them, and which is the best here
     pool.h, pool.c                 threads
     call.h, call.c                 the functions that Python calls: which thread does what, in which memory

@@ -12,13 +12,14 @@
 #include "int8_rows.h"
 #include "numbers.h"
 
-#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define TARGET __attribute__((target("avx2,fma,f16c,bmi,bmi2")))
 
 int avx2_runs_here(void) {
     unsigned a, b, c, d; /* clang 14 cannot be asked for f16c */
     int f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && f16c;
 }
 
 TARGET void avx2_read_floats(float *out, const void *data, int type, int64_t start, int64_t count) {
@@ -46,7 +47,11 @@ TARGET void avx2_write_floats(void *data, int type, int64_t start, const float *
 
 TARGET void avx2_dequantize(layer *l, int64_t tile, int64_t tile_end) { dequantize_rows(l, tile, tile_end); }
 
-TARGET static void make(const layer *l, int64_t block, desk *desk) { make_float_tables(l, block, desk); }
+TARGET static void make(const layer *l, desk *desk) { make_float_tables(l, desk); }
+
+TARGET static void add(const layer *l, const desk *desk, int64_t tile, int64_t tile_end, float *sums) {
+    add_float_tables(l, desk, tile, tile_end, sums);
+}
 
 TARGET int avx2_search(const crvq_search_call *c, int64_t row, int64_t row_end) { return search_rows(c, row, row_end); }
 
@@ -54,11 +59,10 @@ TARGET void avx2_int8_rows(const crvq_rows_call *c, int64_t row, int64_t row_end
     multiply_int8_rows(c, row, row_end);
 }
 
-const table_kind avx2_float_tables = {
-    .entry_bytes = sizeof(float),
-    .read_codebooks = read_codebooks,
-    .make = make,
-    .add = add_float_tables,
+const table_kind avx2_float_tables[] = {
+    FLOAT_TABLES(1, 2, 32, make, add),
+    FLOAT_TABLES(8, 8, 128, make, add),
+    FLOAT_TABLES(16, 16, 256, make, add),
 };
 
 const instruction_set avx2_set = {
@@ -68,7 +72,6 @@ const instruction_set avx2_set = {
     .dequantize = avx2_dequantize,
     .search = avx2_search,
     .int8_rows = avx2_int8_rows,
-    .byte_codes = &avx2_float_tables,
-    .wide_codes = &avx2_float_tables,
+    .float_tables = avx2_float_tables,
 };
 #endif

@@ -1,13 +1,15 @@
 """The library that the C files beside this one make: finding it, choosing its instruction set, calling it.
 
 The library is optional: without a C compiler at install time there is none, and the PyTorch code in `portable` runs
-instead. The environment variable CRVQ_CPU forces a choice: "vbmi", "avx2", "scalar", or "torch" for no library.
+instead. The environment variable CRVQ_CPU forces a choice: one of `INSTRUCTIONS`, or "torch" for no library. Two are
+only chosen so: "avx512bw" and "neon", which are right (tested by emulation) but whose speed nobody has measured.
 """
 
 import ctypes
 import functools
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from ..packing import num_virtual_groups, tiled_size
 from .address import address
+from .processor import multiplies_bfloat16
 
-INSTRUCTIONS = ("scalar", "avx2", "vbmi")  # numbered as in instruction_set.h, each better than the one before
+INSTRUCTIONS = ("scalar", "avx2", "avx512bw", "vbmi", "neon")  # numbered as in instruction_set.h
 CHOICES = (*INSTRUCTIONS, "torch")
 FILE = Path(__file__).with_name("libcrvq_cpu.so")
 FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -34,7 +37,7 @@ class Library:
     """The loaded library.
 
     Attributes:
-        supported: index into `INSTRUCTIONS` of the best this processor has.
+        supported: indices into `INSTRUCTIONS` of all that this processor has.
         level: index into `INSTRUCTIONS` of what is used.
         linear, dequantize: C functions of a packed `crvq_call`; what they return is for `Layer`.
         search: C function of a packed `SEARCH_CALL`; returns 0, or another number for a code that is no codeword's.
@@ -48,13 +51,15 @@ class Library:
             OSError: it cannot be loaded, or belongs to another version of this package.
         """
         library = ctypes.CDLL(str(path))
-        if library.crvq_call_size() != _CALL.size + _LAYER.size + SEARCH_CALL.size + ROWS_CALL.size:
+        size = _CALL.size + _LAYER.size + SEARCH_CALL.size + ROWS_CALL.size
+        if not hasattr(library, "crvq_has_instructions") or library.crvq_call_size() != size:
             raise OSError(f"{path} was built from other sources; install crvq_hf again")
         self.linear, self.dequantize = library.crvq_linear, library.crvq_dequantize
         self.search, self.int8_rows = library.crvq_search, library.crvq_int8_rows
         for function in (self.linear, self.dequantize, self.search, self.int8_rows):
             function.argtypes = [ctypes.c_char_p]
-        self.supported = self.level = library.crvq_instructions()
+        self.supported = [number for number in range(len(INSTRUCTIONS)) if library.crvq_has_instructions(number)]
+        self.level = library.crvq_instructions()
 
 
 @functools.cache
@@ -77,9 +82,9 @@ def library() -> Library | None:
         return None
     if choice:
         loaded.level = INSTRUCTIONS.index(choice)
-        if loaded.level > loaded.supported:
-            best = INSTRUCTIONS[loaded.supported]
-            raise ValueError(f"CRVQ_CPU asks for {choice!r}, but this processor has {best!r} at best")
+        if loaded.level not in loaded.supported:
+            names = ", ".join(INSTRUCTIONS[number] for number in loaded.supported)
+            raise ValueError(f"CRVQ_CPU asks for {choice!r}, but this processor has {names} only")
     return loaded
 
 
@@ -93,7 +98,7 @@ def why_not_better() -> str:
             Library(FILE)
         except OSError as error:
             return f"no compiled kernel ({error}); install crvq_hf where there is a C compiler"
-    if library().level < len(INSTRUCTIONS) - 1:
+    if library().level != INSTRUCTIONS.index("vbmi"):
         return "this processor has no AVX-512 VBMI"
     return ""
 
@@ -101,12 +106,15 @@ def why_not_better() -> str:
 def uses_tables(num_tokens: int, out_features: int, nbits: int, dtype: torch.dtype) -> bool:
     """Returns whether tables, whose cost is per token, are faster than dequantizing once and multiplying.
 
-    Measured in `benchmarks/speed/cpu.py`. With 16-bit tables only bfloat16, whose matrix products are fast, ever
-    overtakes them, and only where few rows share a table; fp32 tables fall behind with their size.
+    With 16-bit tables (vbmi) only bfloat16, whose matrix products are fast, ever overtakes them, and only where few
+    rows share a table. Making fp32 tables takes 2**nbits operations a channel, where each row saves about one, and
+    dequantizing takes as long as a product with some 50 tokens; the largest tables leave the caches. The rule that
+    follows was fitted to the measurements in kernels/README.md.
     """
     if nbits <= 8 and INSTRUCTIONS[library().level] == "vbmi":
         return dtype != torch.bfloat16 or num_tokens < 256 or out_features >= 2048
-    return num_tokens * 2 ** max(nbits, 8) <= (2**14 if out_features >= 2048 else 2**12)
+    least_rows = 2 ** (max(nbits, 8) + (1 if nbits <= 10 else 2)) * num_tokens / (num_tokens + 48)
+    return num_tokens == 1 or out_features >= least_rows
 
 
 class Layer:
@@ -224,38 +232,37 @@ class Layer:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Returns the dense weight `[N, K]`, `dtype`, channels in original order."""
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device="cpu")
-        for rows in self._row_steps():
-            weight[rows] = self._dequantize_rows(rows, permuted=False)
+        for rows, some in self._dequantized_rows(permuted=False):
+            weight[rows] = some
         return weight
 
     def _dequantize_and_multiply(self, x: Tensor, y: Tensor) -> None:
         """Writes the product of `x` (`[M, K]`) and the weight into `y` (`[M, N]`).
 
-        A few rows are dequantized at a time: bfloat16 as such, all else in fp32.
+        A few rows are dequantized at a time, in fp32: bfloat16 only where the processor multiplies it.
         """
         _, _, _, channel_order, bias = self.tensors
-        dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32
         ordered = x.to(dtype).index_select(1, channel_order.int())
         bias = None if bias is None else bias.to(dtype)
-        for rows in self._row_steps():
-            weight = self._dequantize_rows(rows, permuted=True).to(dtype)
-            y[:, rows] = F.linear(ordered, weight, None if bias is None else bias[rows])
+        for rows, weight in self._dequantized_rows(permuted=True):
+            y[:, rows] = F.linear(ordered, weight.to(dtype), None if bias is None else bias[rows])
 
-    def _dequantize_rows(self, rows: slice, permuted: bool) -> Tensor:
-        """Returns rows of the weight, fp32, columns in the order of `channel_order` or in original order."""
-        count = rows.stop - rows.start
-        out = torch.empty(count, self.in_features, dtype=torch.float32, device="cpu")
-        place = address(out, torch.float32, count * self.in_features)
-        numbers = (0, rows.start, count, 0, self._library.level, torch.get_num_threads(), int(permuted))
-        if status := self._library.dequantize(_CALL.pack(0, place, *numbers) + self._constants):
-            self._explain(status)
-        return out
+    def _dequantized_rows(self, permuted: bool) -> Iterator[tuple[slice, Tensor]]:
+        """Yields slices of rows with their weights, fp32, about `_WEIGHTS_PER_STEP` at a time.
 
-    def _row_steps(self):
-        """Yields slices of rows that hold about `_WEIGHTS_PER_STEP` weights each."""
-        step = max(16, _WEIGHTS_PER_STEP // self.in_features // 16 * 16)
+        Columns are in the order of `channel_order`, `permuted`, or in original order. All lie in the same memory, one
+        after the other: fresh pages would take as long as what is written to them.
+        """
+        step = min(max(16, _WEIGHTS_PER_STEP // self.in_features // 16 * 16), self.out_features)
+        memory = torch.empty(step, self.in_features, dtype=torch.float32, device="cpu")
+        place = address(memory, torch.float32, step * self.in_features)
         for start in range(0, self.out_features, step):
-            yield slice(start, min(start + step, self.out_features))
+            count = min(step, self.out_features - start)
+            numbers = (0, start, count, 0, self._library.level, torch.get_num_threads(), int(permuted))
+            if status := self._library.dequantize(_CALL.pack(0, place, *numbers) + self._constants):
+                self._explain(status)
+            yield slice(start, start + count), memory[:count]
 
     def _explain(self, status: int) -> None:
         if status == 1:

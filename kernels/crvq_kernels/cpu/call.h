@@ -77,8 +77,9 @@ typedef struct {
 /* y = scales * (x @ numbers.T). Returns OK. */
 EXPORT int crvq_int8_rows(const crvq_rows_call *call);
 
-/* The number of the best instruction set of this processor. */
+/* The number of the instruction set to be used on this processor, and whether it has one of that number. */
 EXPORT int crvq_instructions(void);
+EXPORT int crvq_has_instructions(int number);
 
 /* Size of all arguments, so that binding.py can refuse a library that was built from other sources. */
 EXPORT int crvq_call_size(void);

@@ -3,52 +3,64 @@
 #include "instruction_set.h"
 #include "numbers.h"
 
-static inline int code_at(const layer *l, int64_t block, int64_t row_tile, int group, int row) {
-    int64_t position = (block * l->row_tiles + row_tile) * TILE + group * TILE_ROWS + row;
-    int code = l->call->tiles[position];
-    if (l->high_bits) {
-        int64_t bit = position * l->high_bits;
-        code |= (l->high[bit >> 3] >> (bit & 7) & ((1 << l->high_bits) - 1)) << 8;
-    }
+typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
+
+/* The tiles of a layer, as values of their own: what is written cannot change them, as the compiler knows. */
+typedef struct {
+    const uint8_t *low, *high;
+    int64_t row_tiles;
+} codes;
+
+INLINE int code_at(codes codes, int64_t group, int64_t row_tile, int row, const int bits) {
+    int64_t tile = group / TILE_GROUPS * codes.row_tiles + row_tile;
+    int64_t position = tile * TILE + group % TILE_GROUPS * TILE_ROWS + row;
+    int code = codes.low[position];
+    if (bits) code |= (codes.high[position * bits >> 3] >> (position * bits & 7) & ((1 << bits) - 1)) << 8;
     return code;
 }
 
-INLINE void dequantize_tile(layer *l, int64_t tile, int64_t block, int d) {
-    const crvq_call *c = l->call;
-    float *out = c->y;
+INLINE void dequantize_tile(layer *l, int64_t tile, int64_t block, const int d, const int bits) {
+    const crvq_call c = *l->call;
+    codes codes = {c.tiles, l->high, l->row_tiles};
+    const float *codebooks = l->codebooks;
+    int64_t groups = l->groups, padded_size = l->padded_size, end = (block + 1) * TILE_GROUPS;
+    if (end > groups) end = groups;
     for (int r = 0; r < TILE_ROWS; r++) {
         int64_t row = tile * TILE_ROWS + r;
-        if (row < c->row_start || row >= c->row_start + c->row_count) continue;
-        float scale = load(c->scales, c->scale_type, row), *line = out + (row - c->row_start) * c->in_features;
-        for (int64_t g = 0; g < TILE_GROUPS && block * TILE_GROUPS + g < l->groups; g++) {
-            int64_t group = block * TILE_GROUPS + g;
-            const float *codeword = l->codebooks + (int64_t)code_at(l, block, tile, (int)g, r) * d;
-            float sum[MAX_GROUP];
-            for (int i = 0; i < d; i++) sum[i] = codeword[i];
-            for (int b = 1; group < c->critical && b < c->num_codebooks; b++) {
-                int64_t v = l->groups + (int64_t)(b - 1) * c->critical + group;
-                int code = code_at(l, v / TILE_GROUPS, tile, (int)(v % TILE_GROUPS), r);
-                codeword = l->codebooks + (b * l->padded_size + code) * d;
-                for (int i = 0; i < d; i++) sum[i] += codeword[i];
+        if (row < c.row_start || row >= c.row_start + c.row_count) continue;
+        float scale = load(c.scales, c.scale_type, row), *line = (float *)c.y + (row - c.row_start) * c.in_features;
+        for (int64_t group = block * TILE_GROUPS; group < end; group++) {
+            const four *codeword = (const four *)(codebooks + code_at(codes, group, tile, r, bits) * d);
+            four sum[MAX_GROUP / 4];
+            for (int i = 0; i < d / 4; i++) sum[i] = codeword[i];
+            for (int b = 1; group < c.critical && b < c.num_codebooks; b++) {
+                int code = code_at(codes, groups + (int64_t)(b - 1) * c.critical + group, tile, r, bits);
+                codeword = (const four *)(codebooks + (b * padded_size + code) * d);
+                for (int i = 0; i < d / 4; i++) sum[i] += codeword[i];
             }
-            if (c->permuted) {
-                for (int i = 0; i < d; i++) line[group * d + i] = sum[i] * scale;
+            for (int i = 0; i < d / 4; i++) sum[i] *= scale;
+            if (c.permuted) {
+                for (int i = 0; i < d / 4; i++) ((four *)(line + group * d))[i] = sum[i];
             } else {
-                for (int i = 0; i < d; i++) line[channel(c, group * d + i, &l->status)] = sum[i] * scale;
+                for (int i = 0; i < d; i++) line[channel(&c, group * d + i, &l->status)] = sum[i / 4][i % 4];
             }
+        }
+    }
+}
+
+INLINE void dequantize_tiles(layer *l, int64_t tile, int64_t tile_end, const int d) {
+    for (; tile < tile_end; tile++) {
+        for (int64_t block = 0; block * TILE_GROUPS < l->groups; block++) {
+            if (l->high_bits == 0) dequantize_tile(l, tile, block, d, 0);
+            else dequantize_tile(l, tile, block, d, l->high_bits);
         }
     }
 }
 
 INLINE void dequantize_rows(layer *l, int64_t tile, int64_t tile_end) {
-    for (; tile < tile_end; tile++) {
-        for (int64_t block = 0; block * TILE_GROUPS < l->groups; block++) {
-            switch (l->call->group) {
-                case 4: dequantize_tile(l, tile, block, 4); break;
-                case 8: dequantize_tile(l, tile, block, 8); break;
-                default: dequantize_tile(l, tile, block, 16); break;
-            }
-        }
+    switch (l->call->group) {
+        case 4: dequantize_tiles(l, tile, tile_end, 4); break;
+        case 8: dequantize_tiles(l, tile, tile_end, 8); break;
+        default: dequantize_tiles(l, tile, tile_end, 16); break;
     }
 }
-

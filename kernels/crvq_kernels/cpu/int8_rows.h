@@ -11,7 +11,7 @@
 
 enum {
     RUN = 64, /* channels that are reordered together: four times 16 */
-    SUMS = 8, /* of one row and one token each */
+    AT_ONCE = 8, /* of one row and one token each */
 };
 
 typedef float row_floats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -22,7 +22,7 @@ INLINE void multiply_rows(const crvq_rows_call *c, int64_t row, const int rows, 
     int64_t channels = c->channels, runs_end = channels / RUN * RUN;
     const int8_t *numbers = c->numbers + row * channels;
     const float *x = c->x + token * channels;
-    row_floats sums[SUMS];
+    row_floats sums[AT_ONCE];
     for (int i = 0; i < rows * tokens; i++) sums[i] = (row_floats){0};
     for (int64_t start = 0; start < runs_end; start += RUN) {
         for (int part = 0; part < RUN / 4; part += LANES) {
@@ -53,8 +53,8 @@ INLINE void multiply_rows(const crvq_rows_call *c, int64_t row, const int rows, 
 INLINE int64_t multiply_tokens(const crvq_rows_call *c, int64_t row, int rows, int64_t token, const int tokens) {
     for (; token + tokens <= c->tokens; token += tokens) {
         if (rows == 1) multiply_rows(c, row, 1, token, tokens);
-        for (int r = 0; r + SUMS / tokens <= rows; r += SUMS / tokens) {
-            multiply_rows(c, row + r, SUMS / tokens, token, tokens);
+        for (int r = 0; r + AT_ONCE / tokens <= rows; r += AT_ONCE / tokens) {
+            multiply_rows(c, row + r, AT_ONCE / tokens, token, tokens);
         }
     }
     return token;
@@ -62,7 +62,7 @@ INLINE int64_t multiply_tokens(const crvq_rows_call *c, int64_t row, int rows, i
 
 INLINE void multiply_int8_rows(const crvq_rows_call *c, int64_t row, int64_t row_end) {
     for (int rows; row < row_end; row += rows) {
-        rows = row + SUMS <= row_end ? SUMS : 1;
+        rows = row + AT_ONCE <= row_end ? AT_ONCE : 1;
         int64_t token = multiply_tokens(c, row, rows, 0, 4);
         token = multiply_tokens(c, row, rows, token, 2);
         multiply_tokens(c, row, rows, token, 1);

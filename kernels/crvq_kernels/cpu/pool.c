@@ -45,7 +45,7 @@ static void *worker(void *argument) {
 }
 
 /* The child of a fork has no workers; what was locked stays locked for ever. */
-static void after_fork(void) {
+__attribute__((unused)) /* where processes do not fork */ static void after_fork(void) {
     pthread_mutex_init(&pool.busy, NULL);
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.wake, NULL);

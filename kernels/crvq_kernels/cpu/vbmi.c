@@ -1,71 +1,23 @@
 /* AVX-512 VBMI: tables of 16-bit integers as two byte planes, 64 lookups in six byte shuffles, sums in 16 bits. Codes
  * of more than 8 bits have AVX2's tables, and codes are searched for with AVX2. */
-#include "avx2.h"
+#include "avx512.h"
 
 #ifdef HAVE_X86
-#include <immintrin.h>
+#include <limits.h>
 #include <string.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx2,fma,f16c")))
+#define TARGET TARGET_AVX512(",avx512vbmi")
 
 enum { AHEAD_TILES = 24 }; /* codes on their way from memory while others are looked up: 12 KiB */
 
-static int runs_here(void) {
-    return avx2_runs_here() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi");
-}
+static int runs_here(void) { return avx512_runs_here() && __builtin_cpu_supports("avx512vbmi"); }
 
-/* Tables of one block and one token: per group 256 low bytes, then 256 high bytes, of
- * (table - minimum of the group) / step, the step shared by the block. Outliers so only coarsen their own block. */
-TARGET static void make_byte_tables(const layer *l, int64_t block, desk *desk) {
-    int d = l->call->group, count = groups_in(l, block);
+/* Tables of one block and one token: per group 256 low bytes, then 256 high bytes. */
+TARGET static void make_byte_tables(const layer *l, desk *desk) {
+    float minima[TILE_GROUPS];
+    make_sums(l, desk, minima);
     int64_t size = l->padded_size;
-    const float *x = desk->x;
-    float minima[TILE_GROUPS], offset = desk->not_finite, range = 0;
-    for (int g = 0; g < count; g++) {
-        const float *codebook = l->codebooks + (int64_t)codebook_of(l, block * TILE_GROUPS + g) * size * d;
-        float *out = desk->scratch + g * TABLE;
-        __m512 least = _mm512_set1_ps(__FLT_MAX__), most = _mm512_set1_ps(-__FLT_MAX__);
-        for (int64_t c = 0; c < size; c += 128) {
-            __m512 sums[8];
-            int vectors = size - c < 128 ? (int)(size - c) / 16 : 8;
-            if (vectors == 8) {
-                __m512 factor = _mm512_set1_ps(x[g * d]);
-                for (int k = 0; k < 8; k++) sums[k] = _mm512_mul_ps(factor, _mm512_loadu_ps(codebook + c + 16 * k));
-                for (int i = 1; i < d; i++) {
-                    factor = _mm512_set1_ps(x[g * d + i]);
-                    const float *row = codebook + i * size + c;
-                    for (int k = 0; k < 8; k++) {
-                        sums[k] = _mm512_fmadd_ps(factor, _mm512_loadu_ps(row + 16 * k), sums[k]);
-                    }
-                }
-                for (int k = 0; k < 8; k++) {
-                    _mm512_storeu_ps(out + c + 16 * k, sums[k]);
-                    least = _mm512_min_ps(least, sums[k]);
-                    most = _mm512_max_ps(most, sums[k]);
-                }
-            } else {
-                for (int k = 0; k < vectors; k++) {
-                    __m512 sum = _mm512_setzero_ps();
-                    for (int i = 0; i < d; i++) {
-                        __m512 row = _mm512_loadu_ps(codebook + i * size + c + 16 * k);
-                        sum = _mm512_fmadd_ps(_mm512_set1_ps(x[g * d + i]), row, sum);
-                    }
-                    _mm512_storeu_ps(out + c + 16 * k, sum);
-                    least = _mm512_min_ps(least, sum);
-                    most = _mm512_max_ps(most, sum);
-                }
-            }
-        }
-        minima[g] = _mm512_reduce_min_ps(least);
-        offset += minima[g];
-        float width = _mm512_reduce_max_ps(most) - minima[g];
-        range = width > range ? width : range;
-    }
-    desk->offset = offset;
-    desk->step = range / 65535.0f;
-    __m512 scale = _mm512_set1_ps(range > 0 ? 65535.0f / range : 0.0f);
+    __m512 scale = _mm512_set1_ps(desk->step > 0 ? 1 / desk->step : 0.0f);
 
     uint8_t pick[64];
     /* Packing dwords to words interleaves 128-bit lanes: word 8 * lane + 4 * source + i came from dword
@@ -75,7 +27,7 @@ TARGET static void make_byte_tables(const layer *l, int64_t block, desk *desk) {
         pick[i] = (uint8_t)(64 * pair + 2 * (8 * lane + 4 * source + i % 4));
     }
     __m512i low_bytes = _mm512_loadu_si512(pick), high_bytes = _mm512_add_epi8(low_bytes, _mm512_set1_epi8(1));
-    for (int g = 0; g < count; g++) {
+    for (int g = 0; g < desk->count; g++) {
         const float *in = desk->scratch + g * TABLE;
         uint8_t *out = desk->tables + g * 2 * TABLE;
         __m512 minimum = _mm512_set1_ps(minima[g]);
@@ -99,10 +51,10 @@ TARGET static void make_byte_tables(const layer *l, int64_t block, desk *desk) {
 
 /* Adds one block to `parts` * 64 rows. Bytes are summed as 16-bit words: `all` holds even + 256 * odd, `odd` the odd
  * ones. Sums are kept in the order that the last steps leave, see `rows_of_sums`. */
-TARGET INLINE void add_byte_tables(const layer *l, int64_t block, int64_t tile, const desk *desk, float *sums,
-                                        int parts, const uint8_t *ahead) {
-    const uint8_t *codes = l->call->tiles + (block * l->row_tiles + tile) * TILE;
-    int count = groups_in(l, block);
+TARGET INLINE void add_byte_tables(const layer *l, const desk *desk, int64_t tile, float *sums, int parts,
+                                   const uint8_t *ahead) {
+    const uint8_t *codes = l->call->tiles + (desk->block * l->row_tiles + tile) * TILE;
+    int count = desk->count;
     __m512i all_low[2], odd_low[2], all_high[2], odd_high[2];
     for (int p = 0; p < parts; p++) {
         all_low[p] = odd_low[p] = all_high[p] = odd_high[p] = _mm512_setzero_si512();
@@ -163,16 +115,15 @@ TARGET INLINE void add_byte_tables(const layer *l, int64_t block, int64_t tile, 
     }
 }
 
-/* Adds one block, not the last one of its part unless `last`, to the rows of the tiles from `start` on. */
-TARGET static void add_byte_tables_to_rows(const layer *l, int64_t block, int last, int64_t start, int64_t end,
-                                                const desk *desk, float *sums) {
+/* Adds one block to the rows of the tiles from `start` on. */
+TARGET static void add_byte_tables_to_rows(const layer *l, const desk *desk, int64_t start, int64_t end, float *sums) {
     for (int64_t tile = start; tile < end; tile += 8) {
         /* The next codes are asked for well before their turn, at the end those of the next block. */
-        int64_t next = tile + AHEAD_TILES, next_block = block;
-        if (next >= end && !last) next = start + (next - end) % (end - start), next_block++;
+        int64_t next = tile + AHEAD_TILES, next_block = desk->block;
+        if (next >= end && !desk->last) next = start + (next - end) % (end - start), next_block++;
         const uint8_t *ahead = l->call->tiles + (next_block * l->row_tiles + next) * TILE;
-        if (tile + 8 <= end) add_byte_tables(l, block, tile, desk, sums, 2, ahead);
-        else add_byte_tables(l, block, tile, desk, sums, 1, ahead);
+        if (tile + 8 <= end) add_byte_tables(l, desk, tile, sums, 2, ahead);
+        else add_byte_tables(l, desk, tile, sums, 1, ahead);
     }
 }
 
@@ -185,48 +136,16 @@ TARGET static void rows_of_sums(float *sums) {
     memcpy(sums, rows, sizeof rows);
 }
 
-/* fp16 codebooks of groups of 8 to fp32 columns, 16 codewords at a time; others by read_codebooks. */
-TARGET static void read_codebooks_vbmi(layer *l) {
-    const crvq_call *c = l->call;
-    if (c->codebook_type != FLOAT16 || c->group != 8 || c->codebook_size % 16) {
-        read_codebooks(l);
-        return;
-    }
-    uint16_t pick[2][32], pair[2][32];
-    for (int half = 0; half < 2; half++) {
-        for (int i = 0; i < 32; i++) {
-            pick[half][i] = (uint16_t)(8 * (i % 8) + 4 * half + i / 8);               /* 8 codewords of 4 dimensions */
-            pair[half][i] = (uint16_t)(i % 8 + 8 * (2 * half + i / 16) + i % 16 / 8 * 32); /* 16 of 2 dimensions */
-        }
-    }
-    __m512i picks[2] = {_mm512_loadu_si512(pick[0]), _mm512_loadu_si512(pick[1])};
-    __m512i pairs[2] = {_mm512_loadu_si512(pair[0]), _mm512_loadu_si512(pair[1])};
-    const uint16_t *in = c->codebooks;
-    for (int b = 0; b < c->num_codebooks; b++) {
-        float *out = l->codebooks + (int64_t)b * l->padded_size * 8;
-        for (int64_t row = 0; row < c->codebook_size; row += 16, in += 128) {
-            __m512i words[4];
-            for (int k = 0; k < 4; k++) words[k] = _mm512_loadu_si512(in + 32 * k);
-            for (int half = 0; half < 2; half++) {
-                __m512i first = _mm512_permutex2var_epi16(words[0], picks[half], words[1]);
-                __m512i second = _mm512_permutex2var_epi16(words[2], picks[half], words[3]);
-                for (int k = 0; k < 2; k++) {
-                    __m512i two = _mm512_permutex2var_epi16(first, pairs[k], second);
-                    float *column = out + (4 * half + 2 * k) * l->padded_size + row;
-                    _mm512_storeu_ps(column, _mm512_cvtph_ps(_mm512_castsi512_si256(two)));
-                    _mm512_storeu_ps(column + l->padded_size, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(two, 1)));
-                }
-            }
-        }
-        for (int64_t row = c->codebook_size; row < l->padded_size; row++) {
-            for (int i = 0; i < 8; i++) out[i * l->padded_size + row] = out[i * l->padded_size];
-        }
-    }
-}
+TARGET static void read_columns(layer *l) { read_codebooks_avx512(l); }
 
 static const table_kind byte_tables = {
+    .tokens = 1,
+    .pass = 8,
+    .most_tokens = INT_MAX,
     .entry_bytes = sizeof(uint16_t),
-    .read_codebooks = read_codebooks_vbmi,
+    .near_bytes = TILE_GROUPS * TABLE * sizeof(uint16_t),
+    .scratch = 1,
+    .read_codebooks = read_columns,
     .make = make_byte_tables,
     .add = add_byte_tables_to_rows,
     .order_rows = rows_of_sums,
@@ -239,7 +158,7 @@ const instruction_set vbmi_set = {
     .dequantize = avx2_dequantize,
     .search = avx2_search,
     .int8_rows = avx2_int8_rows,
-    .byte_codes = &byte_tables,
-    .wide_codes = &avx2_float_tables,
+    .integer_tables = &byte_tables,
+    .float_tables = avx2_float_tables,
 };
 #endif

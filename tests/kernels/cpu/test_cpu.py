@@ -1,6 +1,7 @@
 """The compiled CPU kernel: accuracy, threads, safety against bad input, and how it is found and chosen."""
 
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
@@ -87,13 +88,14 @@ def test_any_shape(name, make_layer, relative_error, choose_cpu):
     check()
 
 
-def test_same_results_for_any_number_of_threads(make_layer, instructions, threads):
+@pytest.mark.parametrize("num_tokens", [9, 70])  # threads share a pass; each has passes of its own
+def test_same_results_for_any_number_of_threads(make_layer, instructions, threads, num_tokens):
     layer = make_layer(1088, 1032, num_critical_groups=3)
-    x = torch.randn(9, 1032)
+    x = torch.randn(num_tokens, 1032)
     results = []
     for count in (1, 2, 3, 5):
         threads(count)
-        results += [linear(x, *tiled(layer, True)) for _ in range(20)]
+        results += [linear(x, *tiled(layer, True)) for _ in range(180 // num_tokens)]
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -102,6 +104,14 @@ def test_a_token_does_not_depend_on_its_batch(make_layer, instructions):
     x = torch.randn(11, 2064)
     y = linear(x, *tiled(layer, True))
     assert all(torch.equal(linear(x[i : i + 1], *tiled(layer, True)), y[i : i + 1]) for i in range(11))
+
+
+def test_tables_serve_prompts(choose_cpu):
+    """One token, few, and a prompt of a layer of SmolLM2 and of a 7B model; dequantizing is for large codebooks."""
+    choose_cpu("avx2")
+    for num_tokens, out_features in itertools.product((1, 2, 16, 128, 512), (576, 4096)):
+        assert cpu.uses_tables(num_tokens, out_features, 8, torch.float32)
+    assert not cpu.uses_tables(512, 576, 12, torch.float32) and cpu.uses_tables(1, 576, 12, torch.float32)
 
 
 def test_calls_from_several_python_threads(make_layer, instructions, threads):
@@ -215,7 +225,9 @@ def test_fake_and_vmapped_tensors_do_not_reach_the_kernel(make_layer, instructio
 def test_choice_by_environment(monkeypatch):
     monkeypatch.setattr(binding, "library", binding.library.__wrapped__)
     monkeypatch.setenv("CRVQ_CPU", "fast")
-    with pytest.raises(ValueError, match="CRVQ_CPU must be one of scalar, avx2, vbmi, torch or unset, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="CRVQ_CPU must be one of scalar, avx2, avx512bw, vbmi, neon, torch or unset, got 'fast'"
+    ):
         binding.library()
     monkeypatch.setenv("CRVQ_CPU", " Torch ")
     assert binding.library() is None and "CRVQ_CPU" in binding.why_not_better()
@@ -246,14 +258,14 @@ def test_more_than_the_processor_has_is_refused(monkeypatch):
     monkeypatch.setattr(binding, "library", binding.library.__wrapped__)
 
     class Old:
-        supported = level = 0
+        supported, level = [0, 1], 1
 
         def __init__(self, path):
             pass
 
     monkeypatch.setattr(binding, "Library", Old)
     monkeypatch.setenv("CRVQ_CPU", "vbmi")
-    with pytest.raises(ValueError, match="asks for 'vbmi', but this processor has 'scalar' at best"):
+    with pytest.raises(ValueError, match="asks for 'vbmi', but this processor has scalar, avx2 only"):
         binding.library()
     monkeypatch.delenv("CRVQ_CPU")
     assert binding.why_not_better() == "this processor has no AVX-512 VBMI"
