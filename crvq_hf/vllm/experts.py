@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.library import Library
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, apply_moe_activation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from .linear import multiply, runnable
 from .slicing import channels_of_groups, share_of_groups, take_groups, take_rows
@@ -59,7 +62,7 @@ class CRVQExpertsMethod(FusedMoEMethodBase):
         }
         self.names = names
 
-        def load(tensor_name, parameter, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
+        def load(tensor_name, param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
             layer.codes[expert_id, shard_id].put(tensor_name, loaded_weight)
             return True if return_success else None
 
@@ -101,6 +104,8 @@ class CRVQExpertsMethod(FusedMoEMethodBase):
     ) -> Tensor:
         """Returns the weighted sum of the chosen experts' outputs, `[tokens, H]` in the dtype of `x`.
 
+        Which experts run depends on data, so compiled programs have one opaque operator here.
+
         Args:
             layer: has the experts.
             x: `[tokens, H]`.
@@ -109,6 +114,10 @@ class CRVQExpertsMethod(FusedMoEMethodBase):
             shared_experts: vLLM runs these itself.
             shared_experts_input: as well.
         """
+        return torch.ops.crvq_vllm.run_experts(x, topk_weights, topk_ids, self.prefix)
+
+    def run(self, layer: nn.Module, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """Does what `apply` says."""
         result = torch.zeros_like(x)
         if _must_not_wait(x):
             for index, expert in enumerate(layer.experts):
@@ -138,6 +147,26 @@ class CRVQExpertsMethod(FusedMoEMethodBase):
         return (multiply(hidden, expert[DOWN]) * weight).to(x.dtype)
 
 
+def run_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, name: str) -> Tensor:
+    """Runs the experts of the layer `name` of the model whose forward is going on; see `CRVQExpertsMethod.apply`."""
+    layer = get_forward_context().no_compile_layers[name].routed_experts
+    return layer.quant_method.run(layer, x, topk_weights, topk_ids)
+
+
 def _must_not_wait(x: Tensor) -> bool:
     """Returns whether a CUDA graph is being recorded: which experts are chosen cannot be asked then."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _register() -> Library:
+    library = Library("crvq_vllm", "DEF")
+    direct_register_custom_op(
+        "run_experts",
+        run_experts,
+        fake_impl=lambda x, topk_weights, topk_ids, name: torch.empty_like(x),
+        target_lib=library,
+    )
+    return library
+
+
+_LIBRARY = _register()

@@ -36,6 +36,8 @@ class StoredLayer:
             ValueError: its shape or dtype contradicts the config.
         """
         shape, dtype = self.shape.tensors()[name]
+        if tensor.dim() == 2 and not tensor.is_contiguous() and tensor.mT.is_contiguous():
+            tensor = tensor.mT  # turned by a model whose original weights are [in, out] (GPT-2)
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(
                 f"The shapes in the checkpoint contradict its config: {self.name}.{name} is {tensor.dtype} "
