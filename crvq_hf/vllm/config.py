@@ -97,7 +97,7 @@ class CRVQServing(QuantizationConfig):
         if isinstance(layer, LinearBase):
             names = [prefix] if prefix in self.stored.quantized else self._parts(prefix)
             return (
-                CRVQLinearMethod(self, prefix)
+                CRVQLinearMethod(self.crvq, prefix)
                 if self.stored.all_quantized(names, prefix)
                 else (UnquantizedLinearMethod())
             )
@@ -108,7 +108,7 @@ class CRVQServing(QuantizationConfig):
             layers = [layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name]
             given = [name for name in layers if name is not None]
             if self.stored.experts_quantized(prefix, layer.moe_config.num_logical_experts, given):
-                return CRVQExpertsMethod(self, prefix, layer.moe_config)
+                return CRVQExpertsMethod(self.crvq, prefix, layer.moe_config)
         return None
 
     def _parts(self, prefix: str) -> list[str]:

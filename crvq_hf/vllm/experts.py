@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,10 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from ..config import CRVQConfig
 from .linear import multiply, runnable
 from .slicing import channels_of_groups, share_of_groups, take_groups, take_rows
 from .stored import StoredLayer, register_placeholders, remove_placeholders
-
-if TYPE_CHECKING:
-    from .config import CRVQServing
 
 # vLLM's names of the layers of an expert, gate, up and down, and those of the parameters it loads them into.
 GATE, UP, DOWN = "w1", "w3", "w2"
@@ -28,7 +26,7 @@ _PLACES = {"w13_": (GATE, UP), "w2_": (DOWN,)}
 class CRVQExpertsMethod(FusedMoEMethodBase):
     """Runs the experts of one block, which the checkpoint has codes for."""
 
-    def __init__(self, config: CRVQServing, prefix: str, moe: FusedMoEConfig) -> None:
+    def __init__(self, config: CRVQConfig, prefix: str, moe: FusedMoEConfig) -> None:
         """Raises ValueError for what these experts cannot do."""
         super().__init__(moe)
         self.config, self.prefix = config, prefix
@@ -56,7 +54,7 @@ class CRVQExpertsMethod(FusedMoEMethodBase):
         first, second = (hidden_size, inner), (inner, hidden_size)
         names = (GATE, UP) if self.moe.is_act_and_mul else (GATE,)
         layer.codes = {
-            (expert, name): StoredLayer(f"{self.prefix}.{expert}.{name}", self.config.crvq, *sizes)
+            (expert, name): StoredLayer(f"{self.prefix}.{expert}.{name}", self.config, *sizes)
             for expert in range(num_experts)
             for name, sizes in [*((name, first) for name in names), (DOWN, second)]
         }
@@ -67,7 +65,7 @@ class CRVQExpertsMethod(FusedMoEMethodBase):
             return True if return_success else None
 
         for place, sizes in (("w13_", first), ("w2_", second)):
-            register_placeholders(layer, place, self.config.crvq.layer_shape(*sizes), load)
+            register_placeholders(layer, place, self.config.layer_shape(*sizes), load)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Turns what has been loaded into layers as the kernels read them."""

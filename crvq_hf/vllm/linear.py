@@ -1,14 +1,14 @@
 """The linear layers of vLLM on codes: one of them holds one or several layers of the checkpoint, side by side.
 
-The layers that vLLM fuses (q, k and v; gate and up) keep codebooks, scales and channel orders of their own. With tensor
-parallelism, rows are cut as vLLM cuts them. Where vLLM cuts columns, a layer has every n-th group of channels if the
-layer before it can hand on just these (`down_proj` after `gate_up_proj`). Elsewhere each process is sent all of the
-input and computes its share of the output rows.
+The layers that vLLM fuses (q, k and v; gate and up) keep codebooks, scales and channel orders of their own. With
+tensor parallelism, rows are cut as vLLM cuts them. Where vLLM cuts columns, a layer has every n-th group of channels
+if the layer before it can hand on just these (`down_proj` after `gate_up_proj`). Elsewhere each process is sent all of
+the input and computes its share of the output rows.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import crvq_kernels
@@ -19,13 +19,11 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearMethodBase
 
+from ..config import CRVQConfig
 from ..modeling.linear import CRVQLinear
 from ..quantized_weight import QuantizedWeight
 from .slicing import channels_of_groups, share_of_groups, share_of_rows, take_groups, take_rows
 from .stored import StoredLayer, register_placeholders, remove_placeholders
-
-if TYPE_CHECKING:
-    from .config import CRVQServing
 
 # Between these, models do nothing but multiply gate and up channel by channel.
 BEFORE, AFTER = "gate_up_proj", "down_proj"
@@ -35,7 +33,7 @@ _SHARDS = {"q": 0, "k": 1, "v": 2}
 class CRVQLinearMethod(LinearMethodBase):
     """Runs the linear layers of vLLM that the checkpoint has codes for."""
 
-    def __init__(self, config: CRVQServing, prefix: str) -> None:
+    def __init__(self, config: CRVQConfig, prefix: str) -> None:
         self.config, self.prefix = config, prefix
 
     def create_weights(
@@ -52,7 +50,7 @@ class CRVQLinearMethod(LinearMethodBase):
         layer.codes = _Codes(
             self.config, self.prefix, layer, input_size_per_partition, output_partition_sizes, input_size, output_size
         )
-        shape = self.config.crvq.layer_shape(input_size, output_size)
+        shape = self.config.layer_shape(input_size, output_size)
         register_placeholders(layer, "", shape, layer.codes.load)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -102,7 +100,7 @@ class _Codes:
 
     def __init__(
         self,
-        config: CRVQServing,
+        config: CRVQConfig,
         prefix: str,
         layer: nn.Module,
         input_size_per_partition: int,
@@ -138,7 +136,7 @@ class _Codes:
                 raise ValueError(f"{self.prefix} has a part {shard!r}, which CRVQ layers in vLLM cannot have.")
             rows = sum(self._stored_rows(section) for section in sections)
             name = self.prefix if len(sections) == len(self.sizes) else f"{self.prefix}, part {shard}"
-            self.parts[sections] = StoredLayer(name, self.config.crvq, self.in_features, rows)
+            self.parts[sections] = StoredLayer(name, self.config, self.in_features, rows)
         return self.parts[sections]
 
     def take(self, has_bias: bool) -> list[QuantizedWeight]:

@@ -1,8 +1,8 @@
 """What a checkpoint has codes for, by the names that vLLM gives its layers; no vLLM.
 
-A CRVQ checkpoint has the names of transformers' modules. vLLM expects those of the original checkpoints, which for some
-mixtures of experts are others (Mixtral's `block_sparse_moe.experts.0.w1`): transformers knows how to come from the
-original names to its own, and here that is turned round.
+A CRVQ checkpoint has the names of transformers' modules. vLLM expects those of the original checkpoints, which for
+some mixtures of experts are others (Mixtral's `block_sparse_moe.experts.0.w1`): transformers knows how to come from
+the original names to its own, and here that is turned round.
 """
 
 from __future__ import annotations
