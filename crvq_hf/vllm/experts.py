@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.library import Library
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, apply_moe_activation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
@@ -34,6 +35,11 @@ class CRVQExpertsMethod(FusedMoEMethodBase):
             raise ValueError(
                 "CRVQ experts cannot be shared out over processes expert by expert; leave out "
                 "--enable-expert-parallel, tensor parallelism cuts each of them."
+            )
+        if get_current_vllm_config().lora_config is not None:
+            raise ValueError(
+                f"{prefix} has CRVQ experts, beside which vLLM cannot run LoRA adapters, even if they have none for "
+                "experts; leave out --enable-lora."
             )
         if moe.has_bias:
             raise ValueError(f"{prefix} has experts with biases, which CRVQ cannot serve in vLLM; use `crvq serve`.")

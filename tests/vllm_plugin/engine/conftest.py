@@ -15,6 +15,8 @@ os.environ.update(
     VLLM_LOGGING_LEVEL="WARNING",
     VLLM_NO_USAGE_STATS="1",
 )
+if "CRVQ_SMOLLM2" in os.environ:
+    import vllm.config  # noqa: F401  # where it has to be installed, no test may be skipped for want of it
 
 
 @pytest.fixture(scope="session")
