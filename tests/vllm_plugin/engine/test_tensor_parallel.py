@@ -15,14 +15,8 @@ from checkpoints import PROMPTS, TOKENS, transformers_writes
 
 PROGRAM = f"""
 import json, sys
+from held import held
 from vllm import LLM, SamplingParams
-
-def held(model):
-    from crvq_hf.modeling.linear import CRVQLinear
-
-    layers = [module for module in model.modules() if isinstance(module, CRVQLinear)]
-    rows = {{id(p): p for name, p in model.named_parameters() if p.dtype.itemsize == 1 and p.dim() == 2}}
-    return sum(layer.in_features * layer.out_features for layer in layers), sum(p.nbytes for p in rows.values())
 
 if __name__ == "__main__":
     folder, size, prompts = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
@@ -38,13 +32,15 @@ def run(folder: Path, size: int, tmp_path: Path) -> subprocess.CompletedProcess:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, str(program), str(folder), str(size), json.dumps(PROMPTS)]
-    environment = {**os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # to send `held` to the processes
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # to send `held` to the processes
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
 
 
 def result(done: subprocess.CompletedProcess) -> list:
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")] or [done.stderr[-4000:]]
-    return json.loads(line.removeprefix("RESULT "))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, (done.returncode, done.stderr[-4000:])
+    return json.loads(lines[0].removeprefix("RESULT "))
 
 
 @pytest.mark.timeout(1800)
