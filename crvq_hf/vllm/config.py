@@ -20,7 +20,7 @@ from ..checkpoint.headers import DTYPES, TensorInfo, read_headers
 from ..config import QUANT_METHOD, CRVQConfig
 from .experts import CRVQExpertsMethod
 from .linear import CRVQLinearMethod
-from .names import StoredNames, original_names
+from .names import ExactRenaming, StoredNames, original_names
 from .vocabulary import Int8RowsMethod
 
 
@@ -74,9 +74,9 @@ class CRVQServing(QuantizationConfig):
         Raises:
             ValueError: it has no codes, or lacks a tensor.
         """
-        renamings, patterns = original_names(getattr(hf_config, "model_type", None))
-        self.original = WeightsMapper(orig_to_new_renaming=renamings, orig_to_new_regex=patterns)
-        names = StoredNames.of_checkpoint(_headers(model_name, revision), self.crvq)
+        tensors = _headers(model_name, revision)
+        names = StoredNames.of_checkpoint(tensors, self.crvq)
+        self.original = WeightsMapper(orig_to_new_renaming=[ExactRenaming(original_names(hf_config, tensors))])
         self.stored = names.renamed(self.original)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:

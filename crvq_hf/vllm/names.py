@@ -1,18 +1,22 @@
 """What a checkpoint has codes for, by the names that vLLM gives its layers; no vLLM.
 
-A CRVQ checkpoint has the names of transformers' modules. vLLM expects those of the original checkpoints, which for
-some mixtures of experts are others (Mixtral's `block_sparse_moe.experts.0.w1`): transformers knows how to come from
-the original names to its own, and here that is turned round.
+A CRVQ checkpoint has the names of transformers' modules. vLLM expects those of the original checkpoints, which are
+others for some mixtures of experts (Mixtral's `block_sparse_moe.experts.0.w1`) and for towers that see images:
+transformers knows how to come from the original names to its own, and here that is turned round.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+import torch
+import transformers
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from ..checkpoint.headers import TensorInfo, check_embeddings, embedding_modules, layer_sizes, quantized_modules
@@ -102,17 +106,20 @@ class StoredNames:
         return not name and any("head" not in stored.rpartition(".")[2] for stored in self.rows)
 
 
-def original_names(model_type: str | None) -> tuple[list[WeightRenaming], dict[re.Pattern, str]]:
-    """Returns what makes the names of original checkpoints out of transformers' own, for mixtures of experts.
+def original_names(config: PreTrainedConfig, names: Iterable[str]) -> dict[str, str]:
+    """Returns the names that original checkpoints have for the tensors `names` of a CRVQ one, where they differ.
+
+    A head is left alone: vLLM's models that keep it elsewhere know both names.
 
     Args:
-        model_type: transformers' name of the architecture.
-
-    Returns:
-        renamings: of transformers, turned round.
-        expert_layers: what to put in the place of each pattern.
+        config: of the model, whose class transformers has, or nothing differs.
+        names: of tensors of a CRVQ checkpoint.
     """
-    conversions = get_checkpoint_conversion_mapping(model_type) or []
+    kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    if kind is None:
+        return {}
+    with torch.device("meta"):
+        conversions = get_model_conversion_mapping(kind(copy.deepcopy(config)), add_legacy=False)
     layers: dict[str, str] = {}
     for conversion in conversions:
         if isinstance(conversion, WeightConverter):
@@ -121,15 +128,31 @@ def original_names(model_type: str | None) -> tuple[list[WeightRenaming], dict[r
             own = {"gate_up_proj": ["gate_proj", "up_proj"], "down_proj": ["down_proj"]}.get(target, [])
             if len(own) == len(sources):
                 layers.update(zip(own, sources, strict=True))
-    if not layers:
-        return [], {}
     renamings = [c.reverse_transform() for c in reversed(conversions) if isinstance(c, WeightRenaming)]
-    patterns = {
-        re.compile(rf"(\.experts\.\d+)\.{own}(?=\.)"): rf"\1.{source}"
-        for own, source in layers.items()
-        if own != source
-    }
-    return renamings, patterns
+    originals = {}
+    for name in names:
+        original = name
+        for renaming in renamings if name.startswith("model.") else ():
+            original, _ = renaming.rename_source_key(original)
+        for own, source in layers.items():
+            original = re.sub(rf"(\.experts\.\d+)\.{own}(?=\.)", rf"\1.{source}", original)
+        if original != name:
+            originals[name] = original
+    return originals
+
+
+class ExactRenaming:
+    """Renames tensors by their whole names; vLLM takes it where it takes transformers' renamings.
+
+    vLLM renames again in the parts of a model, by names without what comes before: patterns could match there too.
+    """
+
+    def __init__(self, originals: dict[str, str]) -> None:
+        self.originals = originals
+
+    def rename_source_key(self, name: str) -> tuple[str, None]:
+        """Returns the new name, and nothing, as transformers' renamings do where no pattern matched."""
+        return self.originals.get(name, name), None
 
 
 def _renamed(modules: Iterable[str], mapper: Any) -> list[str]:

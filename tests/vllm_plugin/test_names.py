@@ -1,10 +1,12 @@
 """Names of what a checkpoint has codes for, and which layers of vLLM are these."""
 
 import pytest
+from random_models import tiny_config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from crvq_hf import CRVQConfig
 from crvq_hf.checkpoint.headers import read_headers
-from crvq_hf.vllm.names import StoredNames, original_names
+from crvq_hf.vllm.names import ExactRenaming, StoredNames, original_names
 
 
 class Prefix:
@@ -75,19 +77,23 @@ def test_embeddings_and_heads(rows, others, embedding, head):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "own", "original"),
+    ("architecture", "own", "original"),
     [
-        ("mixtral", "model.layers.3.mlp.experts.7.up_proj.weight_scale", "block_sparse_moe.experts.7.w3.weight_scale"),
-        ("mixtral", "model.layers.3.mlp.gate.weight", "block_sparse_moe.gate.weight"),
-        ("qwen3_moe", "model.layers.3.mlp.experts.7.up_proj.weight", "mlp.experts.7.up_proj.weight"),
-        ("llama", "model.layers.3.mlp.up_proj.weight", "mlp.up_proj.weight"),
-        (None, "model.layers.3.mlp.up_proj.weight", "mlp.up_proj.weight"),
+        ("mixtral", "model.layers.1.mlp.experts.7.up_proj.weight_scale", "block_sparse_moe.experts.7.w3.weight_scale"),
+        ("mixtral", "model.layers.1.mlp.gate.weight", "block_sparse_moe.gate.weight"),
+        ("qwen3_moe", "model.layers.1.mlp.experts.7.up_proj.weight", None),
+        ("llama", "model.layers.1.mlp.up_proj.weight", None),
     ],
 )
-def test_names_of_original_checkpoints(model_type, own, original):
-    renamings, patterns = original_names(model_type)
-    for renaming in renamings:
-        own, _ = renaming.rename_source_key(own)
-    for pattern, new in patterns.items():
-        own = pattern.sub(new, own)
-    assert own == f"model.layers.3.{original}"
+def test_names_of_original_checkpoints(architecture, own, original):
+    config = tiny_config(architecture)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    expected = {own: f"model.layers.1.{original}"} if original else {}
+    assert original_names(config, [own, "lm_head.weight"]) == expected
+    renaming = ExactRenaming(expected)
+    assert renaming.rename_source_key(own) == (expected.get(own, own), None)
+    assert renaming.rename_source_key("layers.1.mlp.gate.weight") == ("layers.1.mlp.gate.weight", None)
+
+
+def test_names_of_an_unknown_model():
+    assert original_names(tiny_config("llama"), ["model.norm.weight"]) == {}
