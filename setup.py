@@ -100,7 +100,10 @@ setup(
             *(DATASETS, GGUF, REPORT, *SERVE),
         ],
     },
-    entry_points={"console_scripts": ["crvq = crvq_hf.commands.cli:main"]},
+    entry_points={
+        "console_scripts": ["crvq = crvq_hf.commands.cli:main"],
+        "vllm.general_plugins": ["crvq = crvq_hf.vllm:register"],
+    },
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX",

@@ -6,8 +6,8 @@ loaded when a model is quantized.
 From the ground up: `algorithm` fits one layer, `quantized_weight` is what is stored of it, `config` has every knob.
 `modeling` are the layers of a quantized model, `resources` and `tuning` what `pipeline` needs to quantize a whole one.
 `checkpoint` reads files, `generation` writes tokens, `evaluation` measures, `sharing` tells others. `quantizer`
-connects all that to transformers, and `commands` to the command line. Imports go from the later to the earlier, which
-tests/test_layering.py checks.
+connects all that to transformers, `vllm` to vLLM, and `commands` to the command line. Imports go from the later to the
+earlier, which tests/test_layering.py checks.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ ROOMS = {
         "evaluation",
         "sharing",
         "quantizer",
+        "vllm",
         "commands",
         "moved",
         "__init__",

@@ -63,7 +63,8 @@ def test_wheel_metadata(wheel):
     assert f"Version: {declared_version()}\n" in metadata
     assert "Requires-Dist: transformers<6,>=5.17" in metadata
     assert "Requires-Python: >=3.10" in metadata
-    assert read["entry_points.txt"] == "[console_scripts]\ncrvq = crvq_hf.commands.cli:main\n"
+    plugin = "[vllm.general_plugins]\ncrvq = crvq_hf.vllm:register\n"
+    assert read["entry_points.txt"] == f"[console_scripts]\ncrvq = crvq_hf.commands.cli:main\n\n{plugin}"
     assert any(name.endswith("licenses/LICENSE") for name in names)
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_") if COMPILER else "any"
     assert f"Tag: py3-none-{platform}\n" in read["WHEEL"]
