@@ -12,6 +12,7 @@ layers: single layers, d 8, e 8, E 3, 2 % critical channels, random codes, no bi
     compared with each other; `nn_linear` and `module` are the modules of a model. `aqlm` is its 1x8 CPU kernel, if it
     is installed (pip install aqlm numba scipy): base codes only, which is less work, and one thread, as it is wrong
     with more.
+tables: what `cpu.uses_tables` chooses from, for codes of 8 to 11 bits: tables, or rows made dense and multiplied.
 decode: every linear layer of a Llama-2-7B decode step, each with memory of its own, so that weights come from memory
     and not from a cache: all 32 blocks of CRVQ, as many dense ones as 2.4 GB hold. One thread and two; the ratio of
     the two is in wall time. Also whether results are the same in every run. Takes 7 GB.
@@ -20,6 +21,7 @@ decode: every linear layer of a Llama-2-7B decode step, each with memory of its 
 import argparse
 import functools
 import importlib.util
+import itertools
 import os
 import sys
 import time
@@ -30,6 +32,7 @@ import crvq_kernels
 import torch
 import torch.nn.functional as F
 from crvq_kernels import cpu
+from crvq_kernels.cpu import binding
 from torch import Tensor, nn
 
 from crvq_hf.modeling.linear import CRVQLinear
@@ -283,6 +286,33 @@ def decode_goals(rows: list[dict]) -> Iterator[Goal]:
     yield IDENTICAL, float(rows[0]["identical"] == "yes"), 1.0, 1.0
 
 
+def measure_tables(args: argparse.Namespace) -> Iterator[dict]:
+    """Yields a row for every shape, bits of a code and number of tokens: both ways, beside a dense layer."""
+    for shape, bits in itertools.product(((576, 576), (1536, 576), (4096, 4096)), (8, 9, 10, 11)):
+        layer = random_layer(shape, nbits=bits)
+        dense, kernel = layer.dense(), packed(layer)
+        for tokens in (16, 128):
+            x = torch.randn(tokens, shape[1])
+            calls = {"fp32": functools.partial(F.linear, x, dense)}
+            calls |= {
+                name: functools.partial(applied, kernel, x, name == "tables") for name in ("tables", "dequantize")
+            }
+            times = paired(calls, args.repetitions, clock(args.threads))
+            row = {"n": shape[0], "k": shape[1], "bits": bits, "m": tokens}
+            row |= {f"{name}_us": short(median(values) * 1e6) for name, values in times.items()}
+            chosen = binding.uses_tables(tokens, shape[0], bits, x.dtype)
+            yield row | {"chosen": "tables" if chosen else "dequantize"}
+
+
+def applied(kernel: Callable[[Tensor], Tensor], x: Tensor, tables: bool) -> Tensor:
+    """Returns `kernel(x)` by tables, or by dequantizing, whatever it would have chosen."""
+    choice, binding.uses_tables = binding.uses_tables, lambda *_: tables
+    try:
+        return kernel(x)
+    finally:
+        binding.uses_tables = choice
+
+
 def clock(threads: int) -> Callable[[], float]:
     """Returns the clock that times so many threads: CPU time leaves out what others do, but adds threads up."""
     return time.process_time if threads == 1 else time.perf_counter
@@ -291,4 +321,5 @@ def clock(threads: int) -> Callable[[], float]:
 PARTS = {
     "layers": (measure_layers, layer_goals),
     "decode": (measure_decode, decode_goals),
+    "tables": (measure_tables, lambda rows: ()),
 }
