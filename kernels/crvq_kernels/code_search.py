@@ -1,10 +1,13 @@
 """The search for codes: for each vector the codeword that serves it best, in the quadratic error of quantization.
 
 The algorithm (`crvq_hf.algorithm`) says what a row wants and what codewords cost; here they are compared, which is
-nearly all the work of quantizing: on a CPU by the compiled library where there is one, else in PyTorch.
+nearly all the work of quantizing: on a CPU by the compiled library where there is one, else in PyTorch. On a GPU,
+CRVQ_GPU_SEARCH=1 in the environment takes a Triton kernel instead, which is right (tested in the interpreter) but
+whose speed nobody has measured.
 """
 
 import functools
+import os
 
 import torch
 from torch import Tensor
@@ -73,6 +76,10 @@ def choose_codes_(
         return compiled.choose_codes_(
             wanted, codes, codebooks, energies, metric, first_group, num_groups, num_critical_groups
         )
+    if by_kernel(wanted.device):
+        from .gpu.code_search import choose_codes_ as in_one_launch
+
+        return in_one_launch(wanted, codes, codebooks, energies, metric, first_group, num_groups, num_critical_groups)
     change = torch.zeros_like(wanted)
     # A score is one product: what a row wants and a one, with a codeword and its energy.
     factors = torch.cat([codebooks.transpose(1, 2), energies[0, :, None]], 1)  # [1 + E, d + 1, C]
@@ -91,6 +98,11 @@ def choose_codes_(
             change[:, here] += step
             wanted.addmm_(step, metric[here], alpha=-1)
     return change
+
+
+def by_kernel(device: torch.device) -> bool:
+    """Returns whether codes are chosen by the Triton kernel there: on a GPU for which CRVQ_GPU_SEARCH asks for it."""
+    return device.type == "cuda" and os.environ.get("CRVQ_GPU_SEARCH", "0") not in ("", "0")
 
 
 def first_largest(scores: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """Codes, codebooks and scales: invariants, steps that never lose, and optima against brute force."""
 
+from collections import Counter
+
 import pytest
 import torch
-from crvq_kernels import pack_codes
+from crvq_kernels import code_search, pack_codes
 from crvq_kernels.reference import dequantize_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crvq_hf.algorithm import search
 from crvq_hf.algorithm.fit import refine_
@@ -271,3 +274,48 @@ def test_duplicate_rows_get_the_same_codes():
     fit = LayerFit.start(weight, made.hessian, torch.ones(6), made.codebooks, codes, 2)
     refine_(fit)
     assert torch.equal(fit.codes, fit.codes[:1].repeat(6, 1))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that would be kernel launches on a GPU, and those that would wait for it."""
+
+    VIEWS = {"view", "t", "transpose", "expand", "select", "slice", "permute", "unsqueeze", "empty_like", "detach"}
+    WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        if name not in self.VIEWS:
+            self.names[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def launches_of_a_sweep(num_groups: int) -> Launches:
+    fit, _ = make(5, num_groups, 8, 16, 1, 2, 0)
+    with Launches() as counted:
+        update_codes_(fit)
+    return counted
+
+
+def test_a_sweep_by_the_kernel_takes_few_launches(monkeypatch):
+    """Six for 64 columns, of which one is the kernel's; in PyTorch it is more than ten times as many."""
+    pytest.importorskip("triton")
+    from crvq_kernels.gpu import code_search as kernel
+
+    def launched(*args):
+        with torch._C._DisableTorchDispatch():  # what the interpreter does is one launch
+            change = choose(*args)
+        return change.clone()
+
+    choose = kernel.choose_codes_
+    monkeypatch.setattr(code_search.compiled, "can_search", lambda *args: False)
+    monkeypatch.setattr(code_search, "first_largest", lambda scores: scores.argmax(-1))
+    in_pytorch = launches_of_a_sweep(24).names.total() - launches_of_a_sweep(16).names.total()
+    monkeypatch.setattr(code_search, "by_kernel", lambda device: True)
+    monkeypatch.setattr(kernel, "choose_codes_", launched)
+    more, fewer = launches_of_a_sweep(24).names, launches_of_a_sweep(16).names
+    assert more.total() - fewer.total() <= 6 and in_pytorch > 60
+    assert not more.keys() & Launches.WAITS

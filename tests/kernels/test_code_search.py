@@ -8,10 +8,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
+def choose_kernel(choose_cpu, monkeypatch):
+    """Has Triton's interpreter choose the codes for the rest of a test."""
+    pytest.importorskip("triton")
+    choose_cpu("torch")
+    monkeypatch.setattr(code_search, "by_kernel", lambda device: True)
+
+
 @pytest.fixture(params=CHOICES)
 def way(request, choose_cpu):
     choose_cpu(request.param)
     return request.param
+
+
+@pytest.fixture(params=[*CHOICES, "triton"])
+def any_way(request, choose_cpu, monkeypatch):
+    if request.param == "triton":
+        choose_kernel(choose_cpu, monkeypatch)
+    else:
+        choose_cpu(request.param)
 
 
 def make_search(rows=37, groups=6, first=2, all_groups=11, critical=4, extended=2, size=29, d=8):
@@ -52,7 +67,7 @@ def check_search(tensors, numbers):
 
 
 @pytest.mark.parametrize("d", [4, 8, 16])
-def test_each_code_is_the_best_after_those_before_it(way, d):
+def test_each_code_is_the_best_after_those_before_it(any_way, d):
     check_search(*make_search(d=d))
 
 
@@ -76,7 +91,7 @@ def test_any_shape(way):
     check()
 
 
-def test_ways_agree(choose_cpu):
+def test_ways_agree(choose_cpu, monkeypatch):
     """Scores that fp32 has exactly: the same codes, and the first of equals, on every way."""
     tensors, numbers = make_search(rows=90, size=256)
     exact = [tensor if tensor.dtype == torch.int64 else (tensor * 4).round() / 4 for tensor in tensors]
@@ -91,6 +106,22 @@ def test_ways_agree(choose_cpu):
         assert torch.equal(codes, expected), way
         ran.append(way)
     assert "torch" in ran
+    choose_kernel(choose_cpu, monkeypatch)
+    assert torch.equal(check_search(exact, numbers), expected)
+
+
+def test_a_codebook_larger_than_a_tile(choose_cpu, monkeypatch):
+    choose_kernel(choose_cpu, monkeypatch)
+    check_search(*make_search(rows=5, groups=2, size=300))
+
+
+def test_the_kernel_is_asked_for(monkeypatch):
+    for value, chosen in ((None, False), ("0", False), ("1", True)):
+        monkeypatch.delenv("CRVQ_GPU_SEARCH", raising=False) if value is None else monkeypatch.setenv(
+            "CRVQ_GPU_SEARCH", value
+        )
+        assert code_search.by_kernel(torch.device("cuda")) == chosen
+        assert not code_search.by_kernel(torch.device("cpu"))
 
 
 def test_no_thread_changes_a_code(way):
@@ -201,7 +232,7 @@ def test_c_reads_nothing_that_is_not_there(choose_cpu, name):
         code_search.choose_codes_(*tensors, *numbers)
 
 
-def test_reads_only_what_is_given(way, guarded):
+def test_reads_only_what_is_given(any_way, guarded):
     tensors, numbers = make_search()
     codes = check_search(tensors, numbers)
     wanted, own, *others = map(guarded, tensors)

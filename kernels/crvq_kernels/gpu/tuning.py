@@ -309,6 +309,18 @@ def rows_blocks(num_tokens: int, element_size: int) -> RowsBlocks:
     return RowsBlocks(tokens, rows=64, channels=256 // element_size, num_warps=4, num_stages=3)
 
 
+@dataclass(frozen=True)
+class SearchBlocks:
+    """What one program of the search for codes does: a tile of rows and codewords at a time."""
+
+    rows: int
+    codewords: int
+    num_warps: int
+
+
+SEARCH_BLOCKS = SearchBlocks(rows=16, codewords=256, num_warps=4)  # by arithmetic: 32 scores a thread
+
+
 @functools.cache
 def num_processors(device: torch.device) -> int:
     """Returns the multiprocessors of a GPU; on a CPU, where kernels are interpreted, those of an H100."""

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from crvq_kernels.gpu import gemv as gemv_module
+from crvq_kernels.gpu.code_search import choose_codes_
 from crvq_kernels.gpu.dequant import dequantize_weight
 from crvq_kernels.gpu.gemm import gemm
 from crvq_kernels.gpu.gemv import gemv
@@ -68,6 +69,21 @@ def head_args(num_tokens, dtype, rows=128256, channels=4096):
     )
 
 
+def search_args(in_group_size=8, size=256, columns=64, num_rows=4096, num_codebooks=2):
+    """Returns the arguments of `choose_codes_`, uninitialised, of a layer with as many channels as rows."""
+    groups, all_groups = columns // in_group_size, num_rows // in_group_size
+    return (
+        torch.empty(num_rows, columns),
+        torch.empty(all_groups + 20 * (num_codebooks - 1), num_rows, dtype=torch.int64),
+        torch.empty(num_codebooks, size, in_group_size),
+        torch.empty(groups, num_codebooks, size),
+        torch.empty(columns, columns),
+        0,
+        all_groups,
+        20,
+    )
+
+
 CASES = {
     "M=1 fp16 d8 e8": lambda: gemv(*linear_args(1, FP16)),
     "M=1 bf16 d4 e8, small": lambda: gemv(*linear_args(1, BF16, 4, out_features=576, in_features=576, dtype=BF16)),
@@ -90,6 +106,9 @@ CASES = {
     "M=64 bf16 head": lambda: rows_gemm(*head_args(64, BF16)),
     "M=200 fp16 head": lambda: rows_gemm(*head_args(200, FP16)),
     "M=3 fp32 head": lambda: rows_gemm(*head_args(3, FP32)),
+    "search d8 e8": lambda: choose_codes_(*search_args()),
+    "search d4 e7": lambda: choose_codes_(*search_args(4, 128)),
+    "search d16 e12": lambda: choose_codes_(*search_args(16, 4096)),
     "fp16 d8 e8": lambda: dequantize_weight(*layer(), FP16, permuted=True),
     "bf16 d16 e12": lambda: dequantize_weight(*layer(16, 12), BF16, permuted=True),
     "fp32 d4 e10, original order": lambda: dequantize_weight(*layer(4, 10), FP32, permuted=False),

@@ -13,6 +13,8 @@ _AMD_LOADS = {"dwordx4": 128, "dwordx2": 64, "dword": 32, "ushort": 16, "sshort"
 _CODE_LOAD_BITS = {"gemv_kernel": 128, "gemm_kernel": 32, "dequantize_kernel": 32}
 # Kernels that read what they read once, so that past the L1 cache is the way to read it.
 _READ_ONCE = {"rows_kernel"}
+# Kernels that compare numbers of several threads.
+_COMPARE = {"search_kernel"}
 # Kernels whose codewords are to stay in registers, and of which x alone is copied to shared memory, asynchronously.
 _FROM_REGISTERS = {"wgmma_kernel"}
 # What a program can have: of the CUDA targets the least, that of sm_86 and sm_89.
@@ -70,7 +72,7 @@ def problems(row: dict) -> list[str]:
             found.append(f"{row['main_loop_stores']} stores to shared memory in the main loop")
     elif row.get("bypassing_copies") and row["kernel"] not in _READ_ONCE:
         found.append(f"{row['bypassing_copies']} asynchronous copies bypass the L1 cache")
-    if row.get("main_loop_shuffles"):
+    if row.get("main_loop_shuffles") and row["kernel"] not in _COMPARE:
         found.append(f"{row['main_loop_shuffles']} shuffles in the main loop")
     bits = _CODE_LOAD_BITS.get(row["kernel"])
     if bits and row["loads"]["8"]:

@@ -48,7 +48,7 @@ def test_kernels_compile_into_good_code(compiled, target):
     rows = [row for row in compiled if row["target"] == target and not row["mistake"]]
     kernels = {row["kernel"].removesuffix("_kernel") for row in rows}
     wgmma = {"wgmma"} if target == "sm_90" else set()
-    assert kernels == {"gemv", "sum_splits", "stage", "gemm", "dequantize", "reorder", "rows"} | wgmma
+    assert kernels == {"gemv", "sum_splits", "stage", "gemm", "dequantize", "reorder", "rows", "search"} | wgmma
     assert {(row["case"], row["kernel"]): problems(row) for row in rows if problems(row)} == {}
 
 
