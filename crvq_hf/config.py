@@ -11,13 +11,14 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .dataset import checked_dataset, has_samples, listed, shareable_dataset
 from .quantized_weight import LayerShape, num_critical_groups
 
 QUANT_METHOD = "crvq"
@@ -79,18 +80,10 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def _list(value: Any) -> list[Any] | None:
-    """Returns a list of what a list, an array or a column of a table holds; None for what is none of these."""
-    is_ordered = isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping, Set))
-    if not is_ordered or getattr(value, "ndim", 1) != 1:
-        return None
-    return [str(item) if isinstance(item, str) else item for item in value]  # numpy has strings of its own
-
-
 def _names(name: str, value: Any) -> list[str] | None:
     if value is None:
         return None
-    names = _list(value)
+    names = listed(value)
     if names is None or not all(isinstance(item, str) and item for item in names):
         raise ValueError(f"{name} must be a list of module names or None, got {value!r}.")
     for item in names:
@@ -101,48 +94,6 @@ def _names(name: str, value: Any) -> list[str] | None:
                 f"{name} must hold names or regular expressions, but {item!r:.80} is neither: {error}."
             ) from None
     return names
-
-
-def has_samples(dataset: Any) -> bool:
-    """Returns whether a `dataset` is a list of dicts of what a model's forward takes."""
-    return isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], dict)
-
-
-def _sample(number: int, value: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns what a model is given of a sample, arrays and lists of numbers as tensors."""
-    sample = {}
-    for key, item in value.items():
-        try:
-            sample[str(key)] = item if isinstance(item, torch.Tensor) else torch.as_tensor(item)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
-                f"dataset is a list of dicts, each as model(**sample) takes it, but {key!r} of sample {number} is no "
-                f"tensor but {type(item).__name__} {' '.join(repr(item).split()):.60}."
-            ) from None
-    empty = [key for key, tensor in sample.items() if not tensor.numel() or not tensor.dim()]
-    if empty or not sample:
-        raise ValueError(
-            f"Sample {number} of dataset has {f'no batch or nothing in {empty[0]!r}' if empty else 'nothing in it'}; "
-            "give dicts of tensors, each as model(**sample) takes it."
-        )
-    return sample
-
-
-def _dataset(name: str, value: Any) -> list[dict[str, torch.Tensor]] | list[str] | str | None:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if value is None or (isinstance(value, str) and value):
-        return value
-    items = _list(value)
-    if items and all(isinstance(item, (str, os.PathLike)) for item in items):
-        return [os.fspath(item) for item in items]
-    if items and all(isinstance(item, Mapping) for item in items):
-        return [_sample(number, item) for number, item in enumerate(items)]
-    raise ValueError(
-        f"{name} must be 'self', 'wikitext2', 'c4', the path of a text file, path:field of a table, a folder of sound "
-        "files, a non-empty list or column of texts, a list of dicts of what the model takes, or None, "
-        f"got {type(value).__name__} {' '.join(repr(value).split()):.80}."
-    )
 
 
 def _device(name: str, value: Any) -> str | torch.device | None:
@@ -177,24 +128,6 @@ def _format_version(name: str, value: Any) -> int:
 
 def _anything(name: str, value: Any) -> Any:
     return value
-
-
-def split_field(dataset: str) -> tuple[str, str | None]:
-    """Returns the path and the field of a `dataset` such as `texts.jsonl:body`, None for no field."""
-    path, colon, field = dataset.rpartition(":")
-    is_split = colon and field and os.path.isfile(path) and not os.path.exists(dataset)
-    return (path, field) if is_split else (dataset, None)
-
-
-def shareable_dataset(dataset: list[Any] | str | None) -> str | None:
-    """Returns a `dataset` without the user's texts and folders: how many texts, the last component of a path."""
-    if has_samples(dataset):
-        return f"{len(dataset)} samples"
-    if isinstance(dataset, list):
-        return f"{len(dataset)} {'files' if all(map(os.path.isfile, dataset)) else 'texts'}"
-    if dataset and (os.path.isabs(dataset) or os.path.exists(split_field(dataset)[0])):
-        return os.path.basename(os.path.normpath(dataset))
-    return dataset
 
 
 @dataclass(init=False, repr=False, eq=False)
@@ -240,7 +173,7 @@ class CRVQConfig(QuantizationConfigMixin):
         "calibration text: 'self' (written by the model), 'wikitext2', 'c4', a path (of a table: path:field), "
         "a list of texts, or None; for models that hear, a folder of sound files; for any model, a list of dicts, "
         "each a batch as model(**sample) takes it",
-        _dataset,
+        checked_dataset,
     )
     nsamples: int = _option(
         64, "calibration sequences (sound files, dicts) for fitting and tuning block by block", _integer(1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from ..config import split_field
+from ..dataset import split_field
 from ..pipeline.text import check_tokens, first_tokens, longest_text, read_text
 
 SEQLEN = 2048  # tokens per window where the model, and the text, have so many

@@ -13,7 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.sources import load_tokenizer
-from ..config import CRVQConfig, has_samples, split_field
+from ..config import CRVQConfig
+from ..dataset import has_samples, split_field
 from ..resources import distributed
 from ..resources.device import compute_device
 from .sound import sound_files

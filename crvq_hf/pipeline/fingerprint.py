@@ -12,7 +12,8 @@ from torch import nn
 from ..blocks.runner import Inputs
 from ..checkpoint.metadata import tensor_hash
 from ..checkpoint.sources import file_hash
-from ..config import CRVQConfig, has_samples, split_field
+from ..config import CRVQConfig
+from ..dataset import has_samples, split_field
 from .sound import sound_files
 
 # Where runs that name no work folder have theirs.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import split_field
+from ..dataset import split_field
 
 # Tables by the end of their name, packed ones too: the builder of `datasets` that reads them, and its options.
 _TABLES = {

@@ -17,7 +17,8 @@ from typing import Any
 
 from ..checkpoint.breakdown import Breakdown, Kind, break_down
 from ..checkpoint.info import CheckpointInfo, read_info
-from ..config import FIELDS, CRVQConfig, shareable_dataset
+from ..config import FIELDS, CRVQConfig
+from ..dataset import shareable_dataset
 from .figures import draw
 from .text import megabytes
 

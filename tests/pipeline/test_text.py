@@ -10,7 +10,7 @@ import torch
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
 from crvq_hf import CRVQConfig
-from crvq_hf.config import shareable_dataset, split_field
+from crvq_hf.dataset import shareable_dataset, split_field
 from crvq_hf.evaluation.perplexity import perplexity, read_text_tokens
 from crvq_hf.pipeline import text as reading
 from crvq_hf.pipeline.calibration import calibration_tokens
