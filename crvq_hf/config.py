@@ -32,9 +32,15 @@ PRESETS: dict[str, dict[str, int]] = {
     "default": {},
     "best": {"nsamples": 384, "e2e_finetune_epochs": 2},
 }
-# What a budget of `bits` decides, and the fewest channels that it may give a code.
+EMBEDDING_BITS = (16, 8)  # of embeddings and heads; 16 leaves them as they are
+# What a budget of `bits` decides, and the fewest channels that it may give a code; and what `fit` decides.
 BUDGETED = ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio")
 FINEST_GROUP = 4
+DECIDED = {"bits": BUDGETED, "fit": ("bits", *BUDGETED, "embedding_bits")}
+# Bytes of the units of a size, in small letters.
+UNITS = {"b": 1} | {f"{letter}b": 1000**i for i, letter in enumerate("kmgt", 1)}
+UNITS |= {f"{letter}ib": 1024**i for i, letter in enumerate("kmgt", 1)}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s*([a-z]*)\s*", re.ASCII | re.IGNORECASE)
 
 
 def _option(default: Any, help: str, check: Callable[[str, Any], Any], stored: bool = True) -> Any:
@@ -72,6 +78,22 @@ def _number(low: float, high: float) -> Callable[[str, Any], float]:
 
 def _budget(name: str, value: Any) -> float | None:
     return None if value is None else _number(0.5, 8)(name, value)
+
+
+def _size(name: str, value: Any) -> int | None:
+    """Returns bytes, of a number of them or of text such as "40MB"."""
+    if value is None:
+        return None
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    unit = UNITS.get(match[2].lower() or "b") if match else None
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    number = float(match[1]) * unit if unit else number
+    if number is None or not 1 <= number < 2**63:
+        raise ValueError(
+            f"{name} must be a size such as '40MB', '4GB' or '3.7GiB' (units B, kB, MB, GB, TB of 1000, KiB, MiB, "
+            f"GiB, TiB of 1024; a plain number is bytes), got {value!r:.80}."
+        )
+    return int(number)
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -136,7 +158,7 @@ class CRVQConfig(QuantizationConfigMixin):
 
     Takes its fields as keyword arguments; `crvq quantize --help` explains each. `preset="fast"` or `"best"` changes
     the defaults of some. Fields are checked on every assignment. `tokenizer`, `device`, `work_dir` and `dequantize`
-    steer one run and are never stored, and neither is `bits` once it has been spent.
+    steer one run and are never stored, and neither are `bits` and `fit` once they have been spent.
 
     Raises:
         ValueError: a value is out of range, an argument is unknown, or the format version is not this one's.
@@ -155,6 +177,12 @@ class CRVQConfig(QuantizationConfigMixin):
         "budget of stored bits per quantized weight, 1.1 say; chooses channels and bits per code, extended codebooks "
         "and critical channels",
         _budget,
+    )
+    fit: int | None = _option(
+        None,
+        "size that the whole checkpoint is to have at most, all files counted: 40MB, 4GB, 3.7GiB, a number of bytes; "
+        "chooses bits and embedding_bits",
+        _size,
     )
     in_group_size: int = _option(8, "input channels that share one code: 4, 8 or 16", _one_of(4, 8, 16))
     nbits_per_codebook: int = _option(8, "bits per code, 4 to 12; a codebook has 2**bits entries", _integer(4, 12))
@@ -183,7 +211,9 @@ class CRVQConfig(QuantizationConfigMixin):
     )
     seed: int = _option(0, "seed of everything random", _integer(0))
     embedding_bits: int = _option(
-        16, "8 stores embeddings and lm_head as int8 with a scale per row, 16 leaves them as they are", _one_of(16, 8)
+        16,
+        "8 stores embeddings and lm_head as int8 with a scale per row, 16 leaves them as they are",
+        _one_of(*EMBEDDING_BITS),
     )
     block_finetune_epochs: int = _option(1, "epochs of fine-tuning after each block, 0 switches it off", _integer(0))
     e2e_finetune_epochs: int = _option(1, "epochs of end-to-end fine-tuning, 0 switches it off", _integer(0))
@@ -211,9 +241,12 @@ class CRVQConfig(QuantizationConfigMixin):
                 f"CRVQConfig has no field {unknown[0]!r}, did you mean {closest!r}? "
                 f"Its fields are {', '.join(FIELDS)}."
             )
-        given = [name for name in BUDGETED if name in values]
-        if values.get("bits") is not None and given:
-            raise ValueError(f"bits={values['bits']!r} chooses {', '.join(BUDGETED)}; leave out {', '.join(given)}.")
+        for budget, decided in DECIDED.items():
+            given = [name for name in decided if values.get(name) is not None]
+            if values.get(budget) is not None and given:
+                raise ValueError(
+                    f"{budget}={values[budget]!r} chooses {', '.join(decided)}; leave out {', '.join(given)}."
+                )
         for name, field in FIELDS.items():
             if name != "format_version":
                 setattr(self, name, values.get(name, field.default))
@@ -247,7 +280,8 @@ class CRVQConfig(QuantizationConfigMixin):
         """Returns the stored fields, all of them plain JSON values."""
         stored = [name for name, field in FIELDS.items() if field.metadata["stored"]]
         later = {1: ("embedding_bits", "codebook_bits"), 2: ("codebook_bits",), 3: ()}[self.format_version]
-        undecided = ("bits",) if self.bits is None else BUDGETED
+        undecided = [name for name in DECIDED if getattr(self, name) is None]
+        undecided += [name for budget in DECIDED.keys() - undecided for name in DECIDED[budget]]
         # Readers of older formats do not know `later` fields.
         stored = [name for name in stored if name not in (*later, *undecided)]
         fields = {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in stored}
@@ -264,6 +298,11 @@ class CRVQConfig(QuantizationConfigMixin):
     def get_loading_attributes(self) -> dict[str, Any]:
         """Returns what a config given to `from_pretrained` may change about a checkpoint that is already quantized."""
         return {"dequantize": self.dequantize}
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether `bits` or `fit` is yet to be spent, so that the shapes of layers are not decided."""
+        return self.bits is not None or self.fit is not None
 
     def layer_shape(self, in_features: int, out_features: int) -> LayerShape:
         """Returns the shape that this config gives to a layer; the one place where it is derived.

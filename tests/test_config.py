@@ -20,6 +20,7 @@ ACCEPTED = {
     "quantizer_package": ["crvq-hf"],
     "format_version": [1, 3],
     "bits": [None, 1, 1.1, 4.0],
+    "fit": [None, 1, 4 * 10**9],
     "in_group_size": [4, 8, 16],
     "nbits_per_codebook": [4, 8, 12],
     "num_extended_codebooks": [0, 7],
@@ -45,6 +46,7 @@ REJECTED = {
     "quantizer_package": ["other", None],
     "format_version": [0, 4, "1", 1.0, None, True],
     "bits": [0.4, 9, "1.1", float("nan"), True],
+    "fit": [0, -1, "", "4 parsecs", "40Mbit", "40M", "MB", "-4GB", "4,5GB", "1e99", float("nan"), True, [1]],
     "in_group_size": [0, 2, 32, "8", None, True],
     "nbits_per_codebook": [3, 13, 8.0, "8", None, True],
     "num_extended_codebooks": [-1, 8, 1.5, None, False],
@@ -142,7 +144,7 @@ def test_runtime_fields_are_not_stored():
     config = CRVQConfig(tokenizer=object(), device=torch.device("cpu"), work_dir="w", dequantize=True)
     assert not {"tokenizer", "device", "work_dir", "dequantize"} & set(config.to_dict())
     assert CRVQConfig.from_dict(config.to_dict()) == CRVQConfig()
-    assert set(config.to_dict()) | {"bits"} == {n for n, field in FIELDS.items() if field.metadata["stored"]}
+    assert set(config.to_dict()) | {"bits", "fit"} == {n for n, field in FIELDS.items() if field.metadata["stored"]}
 
 
 def test_format_version_is_the_oldest_that_can_hold_it():

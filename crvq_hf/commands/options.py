@@ -10,6 +10,7 @@ NOT_OPTIONS = ("quant_method", "quantizer_package", "format_version", "dequantiz
 GROUPS = {
     "method": (
         "bits",
+        "fit",
         "in_group_size",
         "nbits_per_codebook",
         "num_extended_codebooks",
@@ -70,6 +71,8 @@ def _option(field: dataclasses.Field) -> dict[str, Any]:
         options |= {"type": type(field.default), "metavar": "N" if isinstance(field.default, int) else "X"}
     elif field.name == "bits":
         options |= {"type": float, "metavar": "X"}
+    elif field.name == "fit":
+        options |= {"metavar": "SIZE"}
     elif field.name == "dataset":  # the one field that takes other values here than in Python
         sources = "'self' (written by the model), 'wikitext2', 'c4', FILE, FILE:FIELD of a table, or 'none'"
         sound = "for a model that hears, a folder of sound files (NAME.wav; what is said, if known, in NAME.txt)"
