@@ -110,7 +110,8 @@ def convert(
     is_new = not work.exists()
     try:
         own = tokenizer if config.tokenizer is None else None
-        quantize_model(model, own, config, options, _beside(tokenizer) if config.fit else None)
+        counted = {} if config.fit is None else {"beside": _beside(tokenizer)}
+        quantize_model(model, own, config, options, **counted)
     except BaseException as error:
         # Nothing in it is worth keeping.
         if distributed.rank() == 0 and is_new and not (work / "calibration.safetensors").exists():
