@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .dataset import checked_dataset, has_samples, listed, shareable_dataset
+from .dataset.grammar import checked_dataset, has_samples, listed, shareable_dataset
 from .quantized_weight import LayerShape, num_critical_groups
 
 QUANT_METHOD = "crvq"
@@ -199,6 +199,7 @@ class CRVQConfig(QuantizationConfigMixin):
     dataset: list[dict[str, torch.Tensor]] | list[str] | str | None = _option(
         "self",
         "calibration text: 'self' (written by the model), 'wikitext2', 'c4', a path (of a table: path:field), "
+        "a dataset of the hub (owner/name:config:split:field), a mixture of these (a.txt:0.7,b.txt:0.3), "
         "a list of texts, or None; for models that hear, a folder of sound files; for any model, a list of dicts, "
         "each a batch as model(**sample) takes it",
         checked_dataset,

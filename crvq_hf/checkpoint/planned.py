@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..config import CRVQConfig
-from ..dataset import shareable_dataset
+from ..dataset.grammar import shareable_dataset
 from ..modeling.embedding import ROW_SCALE, parts_of
 from ..modeling.replace import is_dense_linear, linear_size
 from .headers import DTYPES

@@ -74,7 +74,8 @@ def _option(field: dataclasses.Field) -> dict[str, Any]:
     elif field.name == "fit":
         options |= {"metavar": "SIZE"}
     elif field.name == "dataset":  # the one field that takes other values here than in Python
-        sources = "'self' (written by the model), 'wikitext2', 'c4', FILE, FILE:FIELD of a table, or 'none'"
+        sources = "'self' (written by the model), 'wikitext2', 'c4', FILE, FILE:FIELD of a table, NAME:FIELD or "
+        sources += "NAME:CONFIG:SPLIT:FIELD of the hub, a mixture of these such as FILE:0.7,FILE:0.3, or 'none'"
         sound = "for a model that hears, a folder of sound files (NAME.wav; what is said, if known, in NAME.txt)"
         options |= {"metavar": "TEXT", "help": f"calibration text: {sources}; {sound} (default: {field.default})"}
     elif field.type.startswith("list["):

@@ -13,7 +13,7 @@ from ..blocks.runner import Inputs
 from ..checkpoint.metadata import tensor_hash
 from ..checkpoint.sources import file_hash
 from ..config import CRVQConfig
-from ..dataset import has_samples, split_field
+from ..dataset.grammar import Source, has_samples, sources_of
 from .sound import sound_files
 
 # Where runs that name no work folder have theirs.
@@ -70,10 +70,24 @@ def dataset_fingerprint(dataset: Any) -> str | None:
         return hashlib.sha256(repr([(file.name, file_hash(file)) for file in (*files, *said)]).encode()).hexdigest()
     if isinstance(dataset, list):
         return hashlib.sha256("\x00".join(dataset).encode()).hexdigest()
-    path, field = (dataset, None) if dataset is None else split_field(dataset)
-    if path is None or not Path(path).is_file():
-        return dataset
-    return file_hash(path) + (f" {field}" if field else "")
+    if dataset is None:
+        return None
+    sources = sources_of(dataset)
+    if len(sources) == 1:
+        return _source_fingerprint(sources[0], dataset)
+    return ",".join(f"{_source_fingerprint(source, source.spelled)}:{source.share:g}" for source in sources)
+
+
+def _source_fingerprint(source: Source, spelled: str) -> str:
+    """Returns what identifies a source: hashes of files, or what the user calls it."""
+    if not source.is_local:
+        return spelled
+    path = Path(source.name)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    parts = [part for part in (source.config, source.split, source.field) if part]
+    hashes = [file_hash(file) for file in files]
+    found = hashes[0] if path.is_file() else hashlib.sha256(repr(hashes).encode()).hexdigest()
+    return " ".join([found, *parts])
 
 
 def _vocabulary_hash(tokenizer: Any) -> str | None:

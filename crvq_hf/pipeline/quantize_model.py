@@ -13,7 +13,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ..checkpoint.planned import Beside, bytes_in
 from ..checkpoint.sources import known_options, load_tokenizer
 from ..config import CRVQConfig
-from ..dataset import shareable_dataset
+from ..dataset.grammar import shareable_dataset
 from ..modeling.embedding import Int8Embedding, Int8Head, quantize_embeddings_
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import is_dense_linear, is_named_by, mark_quantized, unfuse_experts_to_quantize_

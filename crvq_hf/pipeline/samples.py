@@ -11,7 +11,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from ..blocks.runner import Inputs, placed
 from ..config import CRVQConfig
-from ..dataset import has_samples
+from ..dataset.grammar import has_samples
 from .calibration import moved_if_it_fits, num_sequences
 from .sound import hear, sound_files
 from .text import check_tokens, longest_text

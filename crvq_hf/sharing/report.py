@@ -21,7 +21,7 @@ from ..blocks.finding import kind_of
 from ..checkpoint.breakdown import Breakdown, Kind, break_down
 from ..checkpoint.info import CheckpointInfo, read_info
 from ..config import FIELDS, CRVQConfig
-from ..dataset import shareable_dataset
+from ..dataset.grammar import shareable_dataset
 from .figures import draw
 from .text import megabytes
 

@@ -12,7 +12,7 @@ from whole_models import OFF, quantized_layers
 from crvq_hf import CRVQConfig
 from crvq_hf.checkpoint.sources import load
 from crvq_hf.commands.convert import convert
-from crvq_hf.dataset import shareable_dataset
+from crvq_hf.dataset.grammar import shareable_dataset
 from crvq_hf.pipeline.fingerprint import dataset_fingerprint
 from crvq_hf.pipeline.samples import given_samples
 from crvq_hf.pipeline.sound import hear, read_sound, resampled, sound_files
