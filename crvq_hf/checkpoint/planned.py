@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..config import CRVQConfig
+from ..config import EMBEDDING_BITS, CRVQConfig
 from ..dataset.grammar import shareable_dataset
 from ..modeling.embedding import ROW_SCALE, parts_of
 from ..modeling.replace import is_dense_linear, linear_size
@@ -39,14 +39,13 @@ class PlannedCheckpoint:
 
     Args:
         model: dense, its experts unfused.
-        tables: the embedding and the head that can be stored in few bits, by name.
+        tables: names of the embedding and the head that can be stored in so many bits.
         beside: see `Beside`; None if there are no such files.
-
-    Attributes:
-        table_parts: names of the parts, as `parts` has them, that `embedding_bits` decides.
     """
 
-    def __init__(self, model: PreTrainedModel, tables: Mapping[str, nn.Module], beside: Beside | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tables: Callable[[float], Collection[str]], beside: Beside | None = None
+    ) -> None:
         self.model, self.beside = model, beside
         once: dict[int, str] = {}
         state = model.state_dict(keep_vars=True)
@@ -54,15 +53,18 @@ class PlannedCheckpoint:
             once.setdefault(id(tensor), name)  # what is tied is stored once
         ignored = model._keys_to_ignore_on_save or ()
         self._tensors = {name: state[name] for name in once.values() if name not in ignored}
-        self._tables = {f"{name}.weight" for name in tables}
+        self._tables = {bits: {f"{name}.weight" for name in tables(bits)} for bits in EMBEDDING_BITS}
         titles: dict[int, str] = {}
         for part, title in zip(parts_of(model), TABLES, strict=False):
             weight = id(getattr(part, "weight", None))
             titles[weight] = f"{titles[weight]} and {title}" if weight in titles else title
         self._parts = {name: titles[id(tensor)] for name, tensor in self._tensors.items() if id(tensor) in titles}
-        self.table_parts = {title for name, title in self._parts.items() if name in self._tables}
         self._dense = {name for name, module in model.named_modules() if is_dense_linear(module)}
         self._written = _written_bytes(model)
+
+    def tables(self, bits: float) -> set[str]:
+        """Returns which of the parts, as `parts` has them, can be stored in so many bits per weight."""
+        return {title for name, title in self._parts.items() if name in self._tables[bits]}
 
     def parts(self, config: CRVQConfig, linears: Mapping[str, nn.Module]) -> dict[str, int]:
         """Returns the bytes of the whole checkpoint by part.
@@ -78,7 +80,7 @@ class PlannedCheckpoint:
             if key == "weight" and module in linears:
                 part, tensors = LINEARS, config.layer_shape(*linear_size(linears[module])).tensors()
                 tensors = {f"{module}.{one}": shape for one, shape in tensors.items()}
-            elif name in self._tables:
+            elif name in self._tables[config.embedding_bits]:
                 part, tensors = self._parts[name], table_tensors(name, tensor, config.embedding_bits)
             else:
                 part, tensors = self._parts.get(name, REST), {name: (tuple(tensor.shape), tensor.dtype)}
@@ -102,16 +104,14 @@ class PlannedCheckpoint:
         return len(alone) - len("{\n\n}") + len(",\n")
 
 
-def table_tensors(name: str, weight: torch.Tensor, bits: int) -> Tensors:
-    """Returns what is stored of an embedding or a head.
+def table_tensors(name: str, weight: torch.Tensor, bits: float) -> Tensors:
+    """Returns what is stored of an embedding or a head in fewer than 16 bits per weight.
 
     Args:
         name: of its weight.
         weight: `[V, H]`, dense.
         bits: one of `EMBEDDING_BITS`.
     """
-    if bits == 16:
-        return {name: (tuple(weight.shape), weight.dtype)}
     scale = f"{name.removesuffix('weight')}{ROW_SCALE}"
     return {name: (tuple(weight.shape), torch.int8), scale: (tuple(weight.shape[:1]), torch.float16)}
 

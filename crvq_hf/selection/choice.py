@@ -59,7 +59,9 @@ def choose_layers(
     if config.fit is None or not linears:
         spent, costly = spend(config, {name: linear_size(module) for name, module in linears.items()})
     else:
-        spent, costly = within_size(model, config, linears, find_embeddings(model, found.read), beside)
+        spent, costly = within_size(
+            model, config, linears, lambda bits: find_embeddings(model, found.read) if bits < 16 else {}, beside
+        )
     dense |= {name: f"codes would take more than {MOST_BITS} bits per weight" for name in costly}
     linears = {name: module for name, module in linears.items() if name not in costly}
     if not linears:

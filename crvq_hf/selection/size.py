@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -69,7 +69,7 @@ def within_size(
     model: PreTrainedModel,
     config: CRVQConfig,
     linears: Mapping[str, nn.Module],
-    tables: Mapping[str, nn.Module],
+    tables: Callable[[float], Collection[str]],
     beside: Beside | None = None,
 ) -> tuple[CRVQConfig, set[str]]:
     """Returns how to quantize a model so that its whole checkpoint has at most `config.fit` bytes; says what it plans.
@@ -78,7 +78,7 @@ def within_size(
         model: dense, its experts unfused.
         config: its `fit` is spent.
         linears: layers to quantize, by name, at least one.
-        tables: the embedding and the head that can be stored in few bits, by name.
+        tables: names of the embedding and the head that can be stored in so many bits.
         beside: bytes of other files of the checkpoint by what they are, given the names of the quantized layers.
 
     Returns:
@@ -88,7 +88,7 @@ def within_size(
         ValueError: the model cannot be so small, or is no larger as it is.
     """
     search = _Search(config, PlannedCheckpoint(model, tables, beside), linears)
-    choices = EMBEDDING_BITS if tables else (16,)
+    choices = [bits for bits in EMBEDDING_BITS if bits == 16 or search.planned.tables(bits)]
     least = min((search.plan(search.fewest, bits) for bits in choices), key=lambda plan: plan.nbytes)
     most, dense_bytes = search.most(max(choices), math.inf), search.planned.dense_bytes(config)
     allowed = f"quantized it takes {_mb(least.nbytes)} to {_mb(most.nbytes)}, all files counted"
@@ -120,7 +120,7 @@ class _Search:
         self.fewest = fewest_bits(config, self.sizes.values())
         self._spent: dict[float, tuple[CRVQConfig | None, set[str]]] = {}
 
-    def plan(self, bits: float, embedding_bits: int) -> Plan | None:
+    def plan(self, bits: float, embedding_bits: float) -> Plan | None:
         """Returns the plan with at most so many bits per weight of linear layers; None if they cannot be met."""
         if bits not in self._spent:
             wanted = copy.copy(self.config)
@@ -135,7 +135,7 @@ class _Search:
         fitting = [size for name in linears if (size := self.sizes[name])[0] % config.in_group_size == 0]
         return Plan(config, dense, self.planned.parts(config, linears), sum(map(math.prod, fitting)))
 
-    def most(self, embedding_bits: int, nbytes: float) -> Plan | None:
+    def most(self, embedding_bits: float, nbytes: float) -> Plan | None:
         """Returns the plan with the most bits of linear layers whose checkpoint has at most `nbytes`, None if none."""
         steps = (_STEP * i for i in range(1, round(_MOST / _STEP) + 1))
         above = best = None
@@ -150,7 +150,7 @@ class _Search:
             best, low, above = (best, low, middle) if found is None else (found, middle, above)
         return best
 
-    def _within(self, bits: float, embedding_bits: int, nbytes: float) -> Plan | None:
+    def _within(self, bits: float, embedding_bits: float, nbytes: float) -> Plan | None:
         plan = self.plan(bits, embedding_bits)
         return plan if plan is not None and plan.nbytes <= nbytes else None
 
@@ -165,7 +165,7 @@ def _loss_of_linears(bits: float) -> float:
     return math.exp(y + (bits - x) * (other_y - y) / (other_x - x))
 
 
-def _loss_of_embeddings(bits: int) -> float:
+def _loss_of_embeddings(bits: float) -> float:
     """Returns what embeddings add to the logarithm of the perplexity, from the next larger bits that were measured."""
     measured = min(known for known in _OF_EMBEDDINGS if known >= bits)
     return math.log(_OF_EMBEDDINGS[measured]) * _PER_BIT ** (measured - bits)
@@ -174,8 +174,8 @@ def _loss_of_embeddings(bits: int) -> float:
 def _tell(fit: int, plan: Plan, planned: PlannedCheckpoint) -> None:
     """Logs what a checkpoint will consist of."""
     logger.info("Planned for fit=%s: %s (%.1f %%).", _mb(fit), _mb(plan.nbytes), 100 * plan.nbytes / fit)
-    stored = "as stored now" if plan.config.embedding_bits == 16 else f"{plan.config.embedding_bits} bits per weight"
-    bits = dict.fromkeys(planned.table_parts, stored)
+    stored = f"{plan.config.embedding_bits:g} bits per weight"
+    bits = dict.fromkeys(planned.tables(plan.config.embedding_bits), stored)
     bits[LINEARS] = f"{plan.bits:.3f} bits per weight"
     for part, nbytes in plan.parts.items():
         logger.info("  %-27s %14s  %s", part, _mb(nbytes), bits.get(part, ""))
