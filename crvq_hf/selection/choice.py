@@ -39,13 +39,13 @@ def choose_layers(
 
     Returns:
         A config without a budget, whose `modules_to_not_convert` also names the layers found.
-        Names of the embeddings and heads that cannot be stored in 8 bits, because other code reads their numbers.
+        Names of the embeddings and heads that cannot be quantized, because other code reads their numbers.
 
     Raises:
         ValueError: there is no layer to quantize, or the budget `bits` cannot be met.
     """
     linears, reasons = quantizable_linears(model, config)
-    rows = find_embeddings(model) if config.embedding_bits == 8 else {}
+    rows = find_embeddings(model, config.embedding_bits)
     found = try_out(model, linears, rows, sample)
     if found.failure:
         logger.warning(
