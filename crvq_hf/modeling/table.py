@@ -25,6 +25,7 @@ EVERY = ("weight", "weight_row_codebooks", ROW_SCALE, "weight_row_order")
 FREQUENT = ("weight_frequent", "weight_frequent_codebooks", "weight_frequent_scale", "weight_frequent_order")
 TABLE_NAMES = (*EVERY, FACTOR, BASIS, *FREQUENT, ROWS)
 GROUP = 4  # channels per code
+_ROWS_AT_ONCE = 8192  # that are dense in fp32
 # By bits per weight: bits per code of all rows, and how many codes more a frequent row has for each of its groups.
 # Part of the checkpoint format, as `TableShape` is.
 _CODES = {6: (8, 2), 4: (8, 2), 3: (8, 2), 2.5: (8, 2), 2: (7, 1)}
@@ -149,18 +150,19 @@ class Table:
         return {name: tensor for part in named for name, tensor in part} | others
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Returns the dense weight `[V, K]` in `dtype`."""
-        exact = torch.float32 if dtype == torch.float64 else dtype
-        dense = self.every.dequantize(exact).index_add_(0, self.rows, self.frequent.dequantize(exact))
-        return dense.addmm_(self.factor.to(exact), self.basis.to(exact)).to(dtype)
+        """Returns the dense weight `[V, K]` in `dtype`, made a part at a time."""
+        dense = torch.empty(self.every.out_features, self.every.in_features, dtype=dtype, device=self.rows.device)
+        for rows in torch.arange(len(dense), device=dense.device).split(_ROWS_AT_ONCE):
+            dense[rows] = self.lookup(rows, dtype)
+        return dense
 
     def lookup(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns dense rows `[..., K]` in `dtype` for token numbers `[...]`."""
-        flat, exact = tokens.reshape(-1), torch.float32 if dtype == torch.float64 else dtype
+        """Returns dense rows `[..., K]` in `dtype`, summed in fp32, for token numbers `[...]`."""
+        flat = tokens.reshape(-1)
         place = torch.searchsorted(self.rows, flat.to(self.rows.dtype)).clamp(max=len(self.rows) - 1)
-        is_frequent = (self.rows[place] == flat).to(exact).unsqueeze(-1)
-        dense = rows_of(self.every, flat, exact) + rows_of(self.frequent, place, exact) * is_frequent
-        dense = dense + self.factor[flat].to(exact) @ self.basis.to(exact)
+        is_frequent = (self.rows[place] == flat).unsqueeze(-1)
+        dense = _rows_of(self.every, flat) + _rows_of(self.frequent, place) * is_frequent
+        dense = dense + (self.factor[flat].float().unsqueeze(-1) * self.basis.float()).sum(-2)
         return dense.to(dtype).view(*tokens.shape, dense.shape[-1])
 
     def check(self, name: str) -> None:
@@ -185,13 +187,7 @@ class Table:
             )
 
 
-def rows_of(weight: QuantizedWeight, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the dense rows `[R, K]` in `dtype` of a quantized weight, those of numbers `rows` `[R]`."""
-    return QuantizedWeight(
-        weight.codes[rows],
-        weight.codebooks,
-        weight.scales[rows],
-        weight.channel_order,
-        weight.nbits,
-        weight.num_critical_groups,
-    ).dequantize(dtype)
+def _rows_of(weight: QuantizedWeight, rows: Tensor) -> Tensor:
+    """Returns the dense rows `[R, K]`, fp32, of a quantized weight, those of numbers `rows` `[R]`."""
+    part = replace(weight, codes=weight.codes[rows], scales=weight.scales[rows])
+    return part.dequantize(torch.float32)

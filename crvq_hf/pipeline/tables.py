@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,8 +27,7 @@ logger = logging.getLogger("crvq")
 
 SAMPLED_ROWS = 16384  # that codebooks are made on; the other rows are encoded, as many at a time
 LEAST_TOKENS = 4096  # that the Hessian of a head is made on, but four for each channel where that is more
-DAMPING = 0.1  # share of the mean diagonal of a head's Hessian
-TIED_DAMPING = 1.0  # the same where the rows are an embedding's too, whose errors count alike in all channels
+DAMPING = 1.0  # share of the mean diagonal of a head's Hessian; most of what tokens need is not in a calibration text
 _NAME = "embeddings"
 
 
@@ -51,16 +50,20 @@ def code_embeddings_(run: Run, samples: Samples | None, leave: Container[str]) -
     tensors = distributed.first(lambda: _fit_all(run, tables, samples)) if saved is None else saved[0]
     if saved is None:
         run.work.save(_NAME, tensors)
-    for names, weight in tables.items():
+    for names in tables:
         for name in names:
             run.dense_parts[name] = copy.copy(run.model.get_submodule(name))
-            run.dense_parts[name]._parameters = dict(run.dense_parts[name]._parameters)
+            run.dense_parts[name]._parameters = dict(run.dense_parts[name]._parameters)  # they are taken away
         own = {key.removeprefix(f"{names[0]}."): t for key, t in tensors.items() if key.startswith(f"{names[0]}.")}
-        placed = {
-            key: t.to(weight.device, weight.dtype if t.is_floating_point() else t.dtype) for key, t in own.items()
-        }
-        set_rows_(run.model, names, placed)
+        place_table_(run.model, names, own)
     run.timed("embeddings", start)
+
+
+def place_table_(model: nn.Module, names: Sequence[str], tensors: dict[str, Tensor]) -> None:
+    """Puts the tensors of a table, floating ones in the dtype of the model, in the place of dense parts of a model."""
+    weight = model.get_submodule(names[0]).weight
+    dtypes = {key: weight.dtype if t.is_floating_point() else t.dtype for key, t in tensors.items()}
+    set_rows_(model, names, {key: t.to(weight.device, dtypes[key]) for key, t in tensors.items()})
 
 
 def _fit_all(run: Run, tables: dict[tuple[str, ...], Tensor], samples: Samples | None) -> dict[str, Tensor]:
@@ -72,7 +75,7 @@ def _fit_all(run: Run, tables: dict[tuple[str, ...], Tensor], samples: Samples |
         identity = torch.eye(weight.shape[1], device=run.device)
         heads = [name for name in names if not isinstance(run.model.get_submodule(name), nn.Embedding)]
         hessian = _head_hessian(run, heads[0], samples) if heads and samples is not None else None
-        metric = identity if hessian is None else damped(hessian, DAMPING if len(names) == 1 else TIED_DAMPING)
+        metric = identity if hessian is None else damped(hessian, DAMPING)
         shape = TableShape(*weight.shape, run.config.embedding_bits)
         seed = torch.Generator().manual_seed(run.config.seed)
         try:
