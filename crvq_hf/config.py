@@ -23,8 +23,12 @@ from .quantized_weight import LayerShape, num_critical_groups
 
 QUANT_METHOD = "crvq"
 QUANTIZER_PACKAGE = "crvq-hf"  # stands in config.json for those who meet a checkpoint and do not know the method
-FORMAT_VERSIONS = (1, 2, 3)  # that can be read; a checkpoint is written in the oldest that can hold it
+FORMAT_VERSIONS = (1, 2, 3, 4)  # that can be read; a checkpoint is written in the oldest that can hold it
 
+
+# Bits per weight of embeddings and heads: as they are, int8 rows, and codes (see `quantized_weight.TableShape`).
+EMBEDDING_BITS = (16, 8, 6, 4, 3, 2.5, 2)
+ROW_BITS = 8
 
 # What a preset sets, instead of the defaults; README.md has what each costs and gives.
 PRESETS: dict[str, dict[str, int]] = {
@@ -32,7 +36,6 @@ PRESETS: dict[str, dict[str, int]] = {
     "default": {},
     "best": {"nsamples": 384, "e2e_finetune_epochs": 2},
 }
-EMBEDDING_BITS = (16, 8)  # of embeddings and heads; 16 leaves them as they are
 # What a budget of `bits` decides, and the fewest channels that it may give a code; and what `fit` decides.
 BUDGETED = ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio")
 FINEST_GROUP = 4
@@ -52,7 +55,7 @@ def _one_of(*allowed: Any) -> Callable[[str, Any], Any]:
     def check(name: str, value: Any) -> Any:
         if isinstance(value, bool) or value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-        return value
+        return allowed[allowed.index(value)]  # 8 where 8.0 is given
 
     return check
 
@@ -168,8 +171,8 @@ class CRVQConfig(QuantizationConfigMixin):
     quantizer_package: str = _option(QUANTIZER_PACKAGE, "package that reads it", _one_of(QUANTIZER_PACKAGE))
     format_version: int = _option(
         3,
-        "version of the checkpoint format: 3 with 8-bit codebooks, else 2 with 8-bit embeddings, else 1; "
-        "follows by itself",
+        "version of the checkpoint format: 4 with embeddings in fewer than 8 bits, else 3 with 8-bit codebooks, "
+        "else 2 with 8-bit embeddings, else 1; follows by itself",
         _format_version,
     )
     bits: float | None = _option(
@@ -211,9 +214,10 @@ class CRVQConfig(QuantizationConfigMixin):
         256, "tokens per calibration sequence; at most, where the model writes what is said", _integer(1)
     )
     seed: int = _option(0, "seed of everything random", _integer(0))
-    embedding_bits: int = _option(
+    embedding_bits: float = _option(
         16,
-        "8 stores embeddings and lm_head as int8 with a scale per row, 16 leaves them as they are",
+        "bits per weight of embeddings and lm_head: 16 leaves them as they are, 8 stores int8 with a scale per row, "
+        "6, 4, 3, 2.5 and 2 store codes, finer ones for the most frequent tokens",
         _one_of(*EMBEDDING_BITS),
     )
     block_finetune_epochs: int = _option(1, "epochs of fine-tuning after each block, 0 switches it off", _integer(0))
@@ -260,8 +264,13 @@ class CRVQConfig(QuantizationConfigMixin):
         super().__setattr__(name, value)
         if name in ("codebook_bits", "embedding_bits"):
             has = self.__dict__.get
-            version = 3 if has("codebook_bits") == 8 else 2 if has("embedding_bits") == 8 else 1
-            self.__dict__["format_version"] = version
+            coded, rows = self.has_coded_embeddings, has("embedding_bits") == ROW_BITS
+            self.__dict__["format_version"] = 4 if coded else 3 if has("codebook_bits") == 8 else 2 if rows else 1
+
+    @property
+    def has_coded_embeddings(self) -> bool:
+        """Whether embeddings and head are stored in fewer than 8 bits."""
+        return self.__dict__.get("embedding_bits", 16) < ROW_BITS
 
     @classmethod
     def from_dict(
@@ -280,7 +289,7 @@ class CRVQConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Returns the stored fields, all of them plain JSON values."""
         stored = [name for name, field in FIELDS.items() if field.metadata["stored"]]
-        later = {1: ("embedding_bits", "codebook_bits"), 2: ("codebook_bits",), 3: ()}[self.format_version]
+        later = {1: ("embedding_bits", "codebook_bits"), 2: ("codebook_bits",)}.get(self.format_version, ())
         undecided = [name for name in DECIDED if getattr(self, name) is None]
         undecided += [name for budget in DECIDED.keys() - undecided for name in DECIDED[budget]]
         # Readers of older formats do not know `later` fields.

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..config import EMBEDDING_BITS, CRVQConfig
+from ..config import EMBEDDING_BITS, ROW_BITS, CRVQConfig
 from ..dataset.grammar import shareable_dataset
-from ..modeling.embedding import ROW_SCALE, parts_of
+from ..modeling.embedding import ROW_SCALE, TableShape, parts_of
 from ..modeling.replace import is_dense_linear, linear_size
 from .headers import DTYPES
 from .metadata import CONFIG_HASH_KEY, HASHES_KEY, VERSION_KEY
@@ -112,7 +112,10 @@ def table_tensors(name: str, weight: torch.Tensor, bits: float) -> Tensors:
         weight: `[V, H]`, dense.
         bits: one of `EMBEDDING_BITS`.
     """
-    scale = f"{name.removesuffix('weight')}{ROW_SCALE}"
+    module = name.removesuffix("weight")
+    if bits < ROW_BITS:
+        return {f"{module}{key}": stored for key, stored in TableShape(*weight.shape, bits).tensors().items()}
+    scale = f"{module}{ROW_SCALE}"
     return {name: (tuple(weight.shape), torch.int8), scale: (tuple(weight.shape[:1]), torch.float16)}
 
 

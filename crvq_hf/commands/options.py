@@ -68,7 +68,8 @@ def _option(field: dataclasses.Field) -> dict[str, Any]:
     if field.default is not None:
         options["help"] += f" (default: {field.default})"
     if isinstance(field.default, (int, float)):
-        options |= {"type": type(field.default), "metavar": "N" if isinstance(field.default, int) else "X"}
+        kind = float if field.type == "float" else type(field.default)
+        options |= {"type": kind, "metavar": "N" if kind is int else "X"}
     elif field.name == "bits":
         options |= {"type": float, "metavar": "X"}
     elif field.name == "fit":

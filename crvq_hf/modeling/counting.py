@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 
-from .embedding import ROW_SCALE, Int8Embedding, Int8Head
+from .embedding import Rows
 from .linear import CRVQLinear
 
-QUANTIZED = (CRVQLinear, Int8Embedding, Int8Head)
+QUANTIZED = (CRVQLinear, Rows)
 
 
 def uncounted(model: nn.Module) -> int:
@@ -20,9 +21,10 @@ def uncounted(model: nn.Module) -> int:
         if isinstance(layer, CRVQLinear):
             weights[id(layer.packed)] = layer.in_features * layer.out_features
             stored |= {id(p): p.numel() for name, p in layer.named_parameters(recurse=False) if name != "bias"}
-        elif isinstance(layer, (Int8Embedding, Int8Head)):
-            scales = layer.get_parameter(ROW_SCALE)
-            stored[id(scales)] = scales.numel()
+        elif isinstance(layer, Rows):
+            numbers = {name: layer.get_parameter(name) for name in layer.companions} | {"weight": layer.packed}
+            weights[id(layer.packed)] = math.prod(layer.dense_shape(numbers))
+            stored |= {id(parameter): parameter.numel() for parameter in numbers.values()}
     return sum(weights.values()) - sum(stored.values())
 
 

@@ -9,7 +9,7 @@ layers of a stage. All have the same blocks, those that one process alone would 
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -34,13 +34,16 @@ from .quantize_block import quantize_block_
 from .run import Run, check_finite
 from .samples import SHORT, completed
 from .streams import Samples, Stream, num_elements, share, start_streams
+from .tables import code_embeddings_
 
 logger = logging.getLogger("crvq")
 
 E2E_LEARNING_RATE = 2e-3  # found by measurement on SmolLM2-135M (benchmarks/LOG.md)
 
 
-def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig, samples: list[Inputs]) -> dict[str, Any]:
+def quantize_blocks_(
+    model: nn.Module, tokenizer: Any, config: CRVQConfig, samples: list[Inputs], dense_rows: Container[str] = ()
+) -> dict[str, Any]:
     """Quantizes the linears of a model's decoder blocks in place.
 
     Args:
@@ -48,6 +51,7 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig, sampl
         tokenizer: for calibration text; see `calibration_tokens`.
         config: see `CRVQConfig`. Without `work_dir`, finished blocks go to a folder under the Hugging Face cache.
         samples: to calibrate on instead of text, see `given_samples`; none for text.
+        dense_rows: names of an embedding and a head that have to stay dense.
 
     Returns:
         The report, JSON-able, also left at `model.crvq_report`: `bits_per_weight` (stored bits over the quantized
@@ -85,6 +89,8 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig, sampl
         run.timed("calibration", start)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
+            if config.has_coded_embeddings:
+                code_embeddings_(run, samples, dense_rows)
             report = _quantize(run, samples)
         work.finish()
         if config.work_dir is None:
@@ -178,7 +184,8 @@ def _advance(run: Run, index: int, full: Stream | None, quantized: Stream | None
     if full is not None and index not in run.runner.order:
         full = quantized = None  # text does not come here
     if full is not None:
-        _move_stream(run, index, full)
+        with run.full_precision():
+            _move_stream(run, index, full)
     saved = run.work.load(name)
     if saved is None:
         quantize_block_(run, index, quantized, full)
@@ -229,6 +236,8 @@ def _finetune_end_to_end(run: Run, states: list[State]) -> dict[str, float]:
     dtypes = dtypes_of(run.model)
     for module in run.model.children():  # the model itself refuses to be cast once it is quantized
         module.to(run.device, torch.float32)
+    for part in run.dense_parts.values():
+        part.to(run.device, torch.float32)
     losses, run.seconds["end-to-end fine-tuning"] = finetune_end_to_end_(
         run.runner,
         states,
@@ -236,6 +245,7 @@ def _finetune_end_to_end(run: Run, states: list[State]) -> dict[str, float]:
         peak=E2E_LEARNING_RATE,
         seed=run.config.seed,
         precision=run.precision,
+        full_precision=run.full_precision,
         work=run.work,
     )
     restore_dtypes_(run.model, dtypes)

@@ -46,7 +46,9 @@ def run_fingerprint(
     for file in sorted(file for room in _ROOMS for file in (package / room).glob("*.py")):
         code.update(file.read_bytes())
     code.update((package / "quantized_weight.py").read_bytes())
-    fields = CRVQConfig.from_dict(config.to_dict(), embedding_bits=16).to_dict()  # 8 bits come after all blocks
+    if not config.has_coded_embeddings:  # 8 bits come after all blocks
+        config = CRVQConfig.from_dict(config.to_dict(), embedding_bits=16)
+    fields = config.to_dict()
     fields["dataset"] = dataset_fingerprint(samples or fields["dataset"])
     reads_text = not samples and config.dataset not in (None, "self") and tokenizer is not None
     return {

@@ -12,9 +12,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..checkpoint.planned import Beside, bytes_in
 from ..checkpoint.sources import known_options, load_tokenizer
-from ..config import CRVQConfig
+from ..config import ROW_BITS, CRVQConfig
 from ..dataset.grammar import shareable_dataset
-from ..modeling.embedding import Int8Embedding, Int8Head, quantize_embeddings_
+from ..modeling.embedding import Rows, quantize_embeddings_
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import is_dense_linear, is_named_by, mark_quantized, unfuse_experts_to_quantize_
 from ..modeling.stacks import unfuse_stacks_
@@ -103,11 +103,11 @@ def quantize_(
         samples = given_samples(model, tokenizer, config, options)
         tried = completed(model, samples[:1], SHORT, compute_device(config.device))
         config, dense_rows = choose_layers(model, config, *tried, beside=beside)
-        quantize_blocks_(model, tokenizer, config, samples)
+        quantize_blocks_(model, tokenizer, config, samples, dense_rows)
     except BaseException:
         mark_quantized(model, False)
         raise
-    if config.embedding_bits < 16:
+    if config.embedding_bits == ROW_BITS:
         quantize_embeddings_(model, dense_rows)
     layers = [module for module in model.modules() if isinstance(module, CRVQLinear)]
     model.crvq_report = getattr(model, "crvq_report", {}) | {"dense_share": dense_share(model, layers)}
@@ -150,7 +150,7 @@ def _recorded_config(model: nn.Module, config: CRVQConfig) -> CRVQConfig:
     recorded = CRVQConfig.from_dict(config.to_dict())
     recorded.dataset = shareable_dataset(recorded.dataset)
     dense = [name for name, module in model.named_modules() if is_dense_linear(module)]
-    if not any(isinstance(module, (Int8Embedding, Int8Head)) for module in model.modules()):
-        recorded.embedding_bits = 16  # also where 8 were asked for and nothing could take them
+    if not any(isinstance(module, Rows) for module in model.modules()):
+        recorded.embedding_bits = 16  # also where fewer were asked for and nothing could take them
     recorded.modules_to_not_convert = sorted({*(config.modules_to_not_convert or []), *dense}) or None
     return recorded

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..blocks.finding import kind_of, named_blocks
 from ..blocks.runner import Inputs
-from ..config import CRVQConfig
+from ..config import ROW_BITS, CRVQConfig
 from ..modeling.embedding import find_embeddings
 from ..modeling.replace import linear_size, quantizable_linears
 from .budget import FEW, MOST_BITS, spend
@@ -39,13 +39,13 @@ def choose_layers(
 
     Returns:
         A config without a budget, whose `modules_to_not_convert` also names the layers found.
-        Names of the embeddings and heads that cannot be stored in few bits, because other code reads their numbers.
+        Names of the embeddings and heads that cannot be quantized, because other code reads their numbers.
 
     Raises:
         ValueError: there is no layer to quantize, or the budget `bits` or `fit` cannot be met.
     """
     linears, reasons = quantizable_linears(model, config)
-    rows = find_embeddings(model) if config.embedding_bits < 16 or config.fit is not None else {}
+    rows = find_embeddings(model, config.embedding_bits if config.fit is None else ROW_BITS)
     found = try_out(model, linears, rows, sample)
     if found.failure:
         logger.warning(
@@ -60,7 +60,7 @@ def choose_layers(
         spent, costly = spend(config, {name: linear_size(module) for name, module in linears.items()})
     else:
         spent, costly = within_size(
-            model, config, linears, lambda bits: find_embeddings(model, found.read) if bits < 16 else {}, beside
+            model, config, linears, lambda bits: find_embeddings(model, bits, found.read), beside
         )
     dense |= {name: f"codes would take more than {MOST_BITS} bits per weight" for name in costly}
     linears = {name: module for name, module in linears.items() if name not in costly}

@@ -221,7 +221,7 @@ def facts(info: CheckpointInfo, report: dict[str, Any] | None, numbers: Breakdow
         "codebooks, scales and channel order",
         "quantized": f"{len(layers)} layers, {sum(layer.num_weights for layer in layers):,} weights, "
         f"{quantized:,} bytes",
-        "embeddings": f"8 bits, with a scale for each row, {numbers.embedding_bytes:,} bytes, "
+        "embeddings": f"{info.crvq.embedding_bits:g} bits, scales counted, {numbers.embedding_bytes:,} bytes, "
         f"{numbers.embedding_bytes / numbers.file_bytes:.1%} of the checkpoint",
         "stay dense": "{:.1%} of the weights of the blocks, {:.1%} of all".format(*info.dense_shares),
         "not quantized": f"{len(info.dense)} tensors ({'' if numbers.embedding_bytes else 'embeddings, '}norms and so "

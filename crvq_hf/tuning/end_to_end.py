@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..blocks.runner import BlockRunner, Inputs, State, placed, run_on
 from ..blocks.trees import map_tensors
+from ..modeling.row_modules import Rows
 from ..resources import distributed
 from ..resources.workfolder import WorkFolder
 from .losses import distillation_loss
@@ -33,6 +34,7 @@ def finetune_end_to_end_(
     peak: float,
     seed: int,
     precision: Callable[[], AbstractContextManager],
+    full_precision: Callable[[], AbstractContextManager],
     work: WorkFolder,
 ) -> tuple[dict[str, float], float]:
     """Tunes codebooks, scales, norms and biases of all blocks on KL(full precision || quantized).
@@ -48,6 +50,7 @@ def finetune_end_to_end_(
         peak: learning rate.
         seed: of the order of batches.
         precision: makes the context to run the model in.
+        full_precision: makes the context in which embedding and head are those of the full-precision model.
         work: where the state is kept, so that a killed run goes on from it.
 
     Returns:
@@ -72,8 +75,9 @@ def finetune_end_to_end_(
         for number in range(first, len(order)):
             index, loss = order[number], None
             if len(states[index]):
-                with precision():
+                with precision(), full_precision():
                     teacher = runner.logits(_on(device, states[index]))
+                with precision():
                     logits = run_on(model, placed(states[index].inputs, next(model.parameters()))).logits
                 loss = distillation_loss(logits, teacher)
             losses.append(trainer.step(number, loss))
@@ -96,14 +100,21 @@ def _cast_head(model: nn.Module, precision: Callable[[], AbstractContextManager]
     if not isinstance(head, nn.Linear):
         yield
         return
-    weight, kind = head.weight, head.weight.device.type
+    kind = next(model.parameters()).device.type
     with precision():
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    head.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    if isinstance(head, Rows):
+        (name,) = (name for name, module in model.named_modules() if module is head)
+        model.set_submodule(name, head.to_dense(dtype).requires_grad_(False))
+    else:
+        weight, head.weight = head.weight, nn.Parameter(head.weight.to(dtype), requires_grad=False)
     try:
         yield
     finally:
-        head.weight = weight
+        if isinstance(head, Rows):
+            model.set_submodule(name, head)
+        else:
+            head.weight = weight
 
 
 def _saving_memory(

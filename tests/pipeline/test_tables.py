@@ -1,0 +1,130 @@
+"""Embeddings and heads in fewer than 8 bits: frequent rows, rows of zeros, what is refused, and whole runs."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+from whole_models import FIELDS, make
+
+from crvq_hf import CRVQConfig, quantize_model
+from crvq_hf.modeling.coded import CodedEmbedding, CodedHead
+from crvq_hf.modeling.table import TableShape
+from crvq_hf.pipeline import tables
+from crvq_hf.pipeline.tables import fit_table
+from crvq_hf.tuning import end_to_end
+
+pytestmark = pytest.mark.usefixtures("precision", "quiet")
+
+
+def fit(weight, bits=2.5, metric=None, counts=None):
+    shape = TableShape(*weight.shape, bits)
+    metric = torch.eye(weight.shape[1]) if metric is None else metric
+    counts = torch.zeros(0, dtype=torch.int64) if counts is None else counts
+    table, error = fit_table(weight, metric, counts, shape, torch.Generator().manual_seed(0))
+    return table, table.dequantize(torch.float32), error
+
+
+def row_errors(found, weight):
+    return (found - weight).square().sum(1) / weight.square().sum(1)
+
+
+def test_rows_of_frequent_tokens_come_out_better():
+    torch.manual_seed(0)
+    weight, counts = torch.randn(3000, 128), torch.zeros(2500, dtype=torch.int64)
+    counts[1000:1050] = 7
+    table, found, _ = fit(weight, 3, counts=counts)
+    assert {*range(1000, 1050)} <= {*table.rows.tolist()}
+    assert 0 in table.rows  # of those which do not come, tokens with low numbers, which are the frequent ones
+    errors = row_errors(found, weight)
+    rare = torch.ones(3000, dtype=torch.bool)
+    rare[table.rows.long()] = False
+    assert errors[1000:1050].mean() < 0.1 * errors[rare].mean() < 0.02
+
+
+def test_what_rows_have_in_common_costs_nothing():
+    torch.manual_seed(0)
+    own = torch.randn(2000, 64)
+    _, alone, _ = fit(own)
+    _, found, _ = fit(own + 20 * torch.randn(64))
+    error = (found - found.mean(0) - (own - own.mean(0))).square().mean()
+    assert error < 1.2 * (alone - own).square().mean()
+
+
+def test_the_metric_decides_where_errors_are():
+    torch.manual_seed(0)
+    weight, metric = torch.randn(2000, 64), torch.eye(64)
+    metric.diagonal()[:8] *= 100
+    _, plain, _ = fit(weight)
+    _, found, _ = fit(weight, metric=metric)
+    assert (found - weight)[:, :8].square().sum() < 0.6 * (plain - weight)[:, :8].square().sum()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-6, 1e3], ids=str)
+def test_rows_of_any_size(scale):
+    """Padding is zeros, or next to it; rows that no text reaches may have any size."""
+    torch.manual_seed(0)
+    weight = torch.randn(600, 32)
+    weight[5::7] *= scale
+    table, found, _ = fit(weight)
+    table.check("table")
+    others = torch.ones(600, dtype=torch.bool)
+    others[5::7] = False
+    assert found.isfinite().all()
+    assert row_errors(found, weight)[others].mean() < 0.3
+    largest = found[5::7].abs().amax()
+    assert largest < 1e-2 if scale < 1e-3 else row_errors(found, weight)[5::7].mean() < 0.3
+    assert torch.equal(*fit(torch.zeros(50, 8))[1:2], torch.zeros(50, 8))
+
+
+def test_most_rows_are_encoded_with_the_codebooks_of_some(monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(1500, 32)
+    _, _, at_once = fit(weight)
+    monkeypatch.setattr(tables, "SAMPLED_ROWS", 400)
+    _, _, in_parts = fit(weight)
+    assert in_parts < 1.15 * at_once
+
+
+def test_what_float16_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="too large for float16"):
+        fit(1e8 * torch.randn(50, 8))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tied", [False, True])
+def test_bad_weights_are_refused_by_name(tmp_path, value, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    model.model.embed_tokens.weight.data[3, 2] = value
+    with pytest.raises(ValueError, match="model.embed_tokens holds NaN"):
+        quantize_model(model, config=CRVQConfig(dataset=None, embedding_bits=3, work_dir=tmp_path / "work"))
+
+
+def test_widths_that_are_no_groups_stay_dense(tmp_path, caplog):
+    model = tiny_model(hidden_size=36, num_attention_heads=6, num_key_value_heads=6, intermediate_size=64)
+    config = CRVQConfig(dataset=None, in_group_size=4, embedding_bits=2, work_dir=tmp_path / "work")
+    assert type(quantize_model(model, config=config).lm_head) is CodedHead
+    model = make("gpt2", n_embd=66, n_inner=64, n_head=3)
+    config = CRVQConfig(dataset=None, in_group_size=4, embedding_bits=2, work_dir=tmp_path / "other")
+    quantize_model(model, config=config)
+    assert type(model.lm_head) is torch.nn.Linear and "embedding_bits=2 cannot replace it" in caplog.text
+    assert model.config.quantization_config.embedding_bits == 16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_whole_run(tmp_path, small_steps, monkeypatch, tied):
+    """The full-precision model's own embedding and head make the targets, the coded ones what is tuned."""
+    model = make("llama", tie_word_embeddings=tied)
+    embedding, head = model.model.embed_tokens.weight.detach().clone(), model.lm_head.weight.detach().clone()
+    teachers, loss = [], end_to_end.distillation_loss
+    monkeypatch.setattr(
+        end_to_end, "distillation_loss", lambda own, teacher: teachers.append(teacher) or loss(own, teacher)
+    )
+    outputs, dense = [], make("llama", tie_word_embeddings=tied)
+    quantize_model(model, config=CRVQConfig(**FIELDS, embedding_bits=3, work_dir=tmp_path / "work"))
+    assert type(model.model.embed_tokens) is CodedEmbedding and type(model.lm_head) is CodedHead
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert torch.equal(dense.model.embed_tokens.weight, embedding) and torch.equal(dense.lm_head.weight, head)
+    tokens = load_file(tmp_path / "work/calibration.safetensors")["tokens"]
+    with torch.no_grad():
+        outputs = [dense(row[None]).logits for row in tokens]
+    assert teachers and all(any(torch.allclose(t[:1], o, atol=1e-4) for o in outputs) for t in teachers)
