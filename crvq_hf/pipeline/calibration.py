@@ -15,9 +15,9 @@ from transformers.utils import logging as transformers_logging
 from ..checkpoint.sources import load_tokenizer
 from ..config import CRVQConfig
 from ..dataset.grammar import Source, has_samples, sources_of
+from ..dataset.sound import sound_files
 from ..resources import distributed
 from ..resources.device import compute_device
-from .sound import sound_files
 from .text import check_tokens, drawn_tokens, longest_text, read_text, streamed_tokens
 
 # Sequences of end-to-end fine-tuning over `nsamples`, where the config leaves their number open.

@@ -14,7 +14,7 @@ from ..checkpoint.metadata import tensor_hash
 from ..checkpoint.sources import file_hash
 from ..config import CRVQConfig
 from ..dataset.grammar import Source, has_samples, sources_of
-from .sound import sound_files
+from ..dataset.sound import sound_files
 
 # Where runs that name no work folder have theirs.
 WORK_FOLDERS = Path(HF_HOME) / "crvq"
