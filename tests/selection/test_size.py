@@ -131,7 +131,8 @@ def test_the_least_loss_is_chosen(make_model, plans):
     least, most = 2 * 4000 * 258, 2 * 4000 * 512
     for fit in (least + 400_000, least + 700_000, most + 1_300_000):
         choose_layers(model, CRVQConfig(fit=fit))
-    assert [plan.config.embedding_bits for plan in plans] == [8, 8, 16]
+    few, more, all_of_them = (plan.config.embedding_bits for plan in plans)
+    assert few <= more < all_of_them == 16
     assert plans[0].bits < plans[1].bits and plans[0].loss > plans[1].loss > plans[2].loss
 
 
