@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from many_models import build
 from tiny import save_tiny, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,6 +36,14 @@ def bytes_of(folder) -> int:
 
 def dense_bytes(model) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["a prompt before the text", "an encoder and its decoder", "no head"])
+def test_every_byte_of_other_models_is_known(tmp_path, plans, pipeline, architecture):
+    model = build(architecture)
+    fit = int(0.6 * dense_bytes(model))
+    quantize_model(model, config=CRVQConfig(dataset=None, fit=fit)).save_pretrained(tmp_path)
+    assert bytes_of(tmp_path) == plans[0].nbytes <= fit
 
 
 @pytest.mark.parametrize("share", [0.45, 0.75])
