@@ -99,7 +99,8 @@ class PlannedCheckpoint:
         """Returns what a quantization config adds to config.json."""
         recorded = copy.copy(config)
         recorded.dataset = shareable_dataset(config.dataset)
-        recorded.modules_to_not_convert = sorted({*(config.modules_to_not_convert or []), *self._dense - {*linears}})
+        dense = {*(config.modules_to_not_convert or []), *self._dense - {*linears}}
+        recorded.modules_to_not_convert = sorted(dense) or None
         alone = json.dumps({"quantization_config": recorded.to_dict()}, indent=2, sort_keys=True)
         return len(alone) - len("{\n\n}") + len(",\n")
 

@@ -56,6 +56,7 @@ def quantize_blocks_(
     Returns:
         The report, JSON-able, also left at `model.crvq_report`: `bits_per_weight` (stored bits over the quantized
         layers, order counted), `layers` (`relative_error`, `bits_per_weight`, `seconds` by name), `seconds` by phase,
+        `tokens_per_second` (of text through all blocks, an epoch after the other, by phase that takes it there),
         `calibration_tokens` and `e2e_tokens` (how many were used before and in end-to-end fine-tuning; where the
         samples are no text, how many hidden states),
         `activation_bytes`, `peak_memory_bytes` (of several processes, of this one), `e2e_loss`.
@@ -124,11 +125,20 @@ def _quantize(run: Run, samples: Samples | None) -> dict[str, Any]:
         chosen = samples[: run.config.e2e_nsamples or None]
         e2e_tokens = _num_tokens(run, chosen)
         losses = _finetune_end_to_end(run, full.steps(len(share(chosen))))
+    calibration_tokens = 0 if samples is None else _num_tokens(run, samples[: run.config.nsamples])
+    passed = {
+        "hessians": calibration_tokens,
+        "block fine-tuning": run.config.block_finetune_epochs * calibration_tokens,
+        "end-to-end fine-tuning": run.config.e2e_finetune_epochs * e2e_tokens,
+    }
     return {
         "bits_per_weight": _bits(run),
         "layers": run.layers,
         "seconds": run.seconds,
-        "calibration_tokens": 0 if samples is None else _num_tokens(run, samples[: run.config.nsamples]),
+        "tokens_per_second": {
+            phase: tokens / run.seconds[phase] for phase, tokens in passed.items() if run.seconds.get(phase)
+        },
+        "calibration_tokens": calibration_tokens,
         "e2e_tokens": e2e_tokens,
         "activation_bytes": activation_bytes,
         "peak_memory_bytes": peak_memory_bytes(),

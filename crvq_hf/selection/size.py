@@ -28,8 +28,8 @@ logger = logging.getLogger("crvq")
 # layers (benchmarks/results/quality.csv: the default preset; at 1.14 bits the median of three seeds; 20.1 dense), and
 # by bits of its embeddings (benchmarks/README.md).
 _OF_LINEARS = ((1.141, 115.34 / 20.1), (1.993, 43.61 / 20.1), (2.998, 29.17 / 20.1))
-_OF_EMBEDDINGS = {16: 1.0, 8: 1.002}
-_PER_BIT = 4  # times the squared error for a bit less, which stands for bits of embeddings that were not measured
+_OF_EMBEDDINGS = {8: 1.002}
+_PER_BIT = 4  # times the squared error for a bit less, which stands for fewer bits of embeddings than were measured
 _STEP, _MOST, _HALVINGS = 0.5, 8.0, 9  # bits per weight of linear layers that are tried, and how finely in between
 
 
@@ -166,9 +166,14 @@ def _loss_of_linears(bits: float) -> float:
 
 
 def _loss_of_embeddings(bits: float) -> float:
-    """Returns what embeddings add to the logarithm of the perplexity, from the next larger bits that were measured."""
-    measured = min(known for known in _OF_EMBEDDINGS if known >= bits)
-    return math.log(_OF_EMBEDDINGS[measured]) * _PER_BIT ** (measured - bits)
+    """Returns what embeddings add to the logarithm of the perplexity, as straight lines of its logarithm say it."""
+    if bits == 16:
+        return 0.0
+    points = {known: math.log(times) for known, times in _OF_EMBEDDINGS.items()}
+    above = min(known for known in points if known >= bits)
+    below = max((known for known in points if known < bits), default=None)
+    per_bit = _PER_BIT if below is None else (points[below] / points[above]) ** (1 / (above - below))
+    return points[above] * per_bit ** (above - bits)
 
 
 def _tell(fit: int, plan: Plan, planned: PlannedCheckpoint) -> None:
