@@ -159,11 +159,15 @@ class Table:
     def lookup(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns dense rows `[..., K]` in `dtype`, summed in fp32, for token numbers `[...]`."""
         flat = tokens.reshape(-1)
-        place = torch.searchsorted(self.rows, flat.to(self.rows.dtype)).clamp(max=len(self.rows) - 1)
-        is_frequent = (self.rows[place] == flat).unsqueeze(-1)
+        place, is_frequent = self.places(flat)
         dense = _rows_of(self.every, flat) + _rows_of(self.frequent, place) * is_frequent
         dense = dense + (self.factor[flat].float().unsqueeze(-1) * self.basis.float()).sum(-2)
         return dense.to(dtype).view(*tokens.shape, dense.shape[-1])
+
+    def places(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns where among the frequent rows those of token numbers `[R]` are, `[R]`, and whether, `[R, 1]`."""
+        place = torch.searchsorted(self.rows, tokens.to(self.rows.dtype)).clamp(max=len(self.rows) - 1)
+        return place, (self.rows[place] == tokens).unsqueeze(-1)
 
     def check(self, name: str) -> None:
         """Checks the values of all tensors.
