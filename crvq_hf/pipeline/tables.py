@@ -72,6 +72,8 @@ def _fit_all(run: Run, tables: dict[tuple[str, ...], Tensor], samples: Samples |
         identity = torch.eye(weight.shape[1], device=run.device)
         heads = [name for name in names if not isinstance(run.model.get_submodule(name), nn.Embedding)]
         hessian = _head_hessian(run, heads[0], samples) if heads and samples is not None else None
+        if hessian is not None:
+            check_finite(hessian, heads[0], "calibration input")
         metric = identity if hessian is None else damped(hessian, DAMPING)
         shape = TableShape(*weight.shape, run.config.embedding_bits)
         seed = torch.Generator().manual_seed(run.config.seed)
