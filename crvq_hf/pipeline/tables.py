@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..algorithm.hessian import damped
 from ..blocks.finding import Done
 from ..modeling.embedding import distinct_tables, find_embeddings, set_rows_, tell_dense
-from ..modeling.rows import fit_table
 from ..modeling.table import TableShape
+from ..modeling.table_fit import fit_table
 from ..resources import distributed
 from .block_state import dtypes_of, restore_dtypes_
 from .run import Run, check_finite

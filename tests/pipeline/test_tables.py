@@ -8,10 +8,10 @@ from tiny import tiny_model
 from whole_models import FIELDS, make
 
 from crvq_hf import CRVQConfig, quantize_model
-from crvq_hf.modeling import rows
+from crvq_hf.algorithm import tables
 from crvq_hf.modeling.coded import CodedEmbedding, CodedHead
-from crvq_hf.modeling.rows import fit_table
 from crvq_hf.modeling.table import TableShape
+from crvq_hf.modeling.table_fit import fit_table
 from crvq_hf.tuning import end_to_end
 from crvq_hf.tuning.tables import tunable_tables
 
@@ -82,7 +82,7 @@ def test_most_rows_are_encoded_with_the_codebooks_of_some(monkeypatch):
     torch.manual_seed(0)
     weight = torch.randn(1500, 32)
     _, _, at_once = fit(weight)
-    monkeypatch.setattr(rows, "SAMPLED_ROWS", 400)
+    monkeypatch.setattr(tables, "SAMPLED_ROWS", 400)
     _, _, in_parts = fit(weight)
     assert in_parts < 1.15 * at_once
 
