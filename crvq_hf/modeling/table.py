@@ -28,7 +28,7 @@ GROUP = 4  # channels per code
 _ROWS_AT_ONCE = 8192  # that are dense in fp32
 # By bits per weight: bits per code of all rows, and how many codes more a frequent row has for each of its groups.
 # Part of the checkpoint format, as `TableShape` is.
-_CODES = {6: (8, 2), 4: (8, 2), 3: (8, 2), 2.5: (8, 2), 2: (7, 1)}
+_CODES = {6: (8, 2), 4: (8, 2), 3.5: (8, 2), 3: (8, 2), 2.5: (8, 2), 2: (7, 1)}
 
 
 @dataclass(frozen=True)

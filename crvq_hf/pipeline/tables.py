@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Container, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ..modeling.table import TableShape
 from ..modeling.table_fit import fit_table
 from ..resources import distributed
 from .block_state import dtypes_of, restore_dtypes_
+from .calibration import counted_tokens
 from .run import Run, check_finite
 from .streams import Samples, Stream
 
@@ -28,12 +30,13 @@ DAMPING = 1.0  # share of the mean diagonal of a head's Hessian; most of what to
 _NAME = "embeddings"
 
 
-def code_embeddings_(run: Run, samples: Samples | None, leave: Container[str]) -> None:
+def code_embeddings_(run: Run, samples: Samples | None, tokenizer: Any, leave: Container[str]) -> None:
     """Puts the embedding and the head of a run's model into codes; `run.dense_parts` has what they were.
 
     Args:
         run: the run; its model is still dense.
         samples: calibration samples of all processes; None: weights only.
+        tokenizer: for more of a calibration text, to see which tokens are frequent.
         leave: names of parts that have to stay dense.
 
     Raises:
@@ -44,7 +47,7 @@ def code_embeddings_(run: Run, samples: Samples | None, leave: Container[str]) -
     tell_dense(run.model, found, bits)
     tables = distinct_tables(run.model, found)
     saved = run.work.load(_NAME)
-    tensors = distributed.first(lambda: _fit_all(run, tables, samples)) if saved is None else saved[0]
+    tensors = distributed.first(lambda: _fit_all(run, tables, samples, tokenizer)) if saved is None else saved[0]
     if saved is None:
         run.work.save(_NAME, tensors)
     for names in tables:
@@ -63,9 +66,12 @@ def place_table_(model: nn.Module, names: Sequence[str], tensors: dict[str, Tens
     set_rows_(model, names, {key: t.to(weight.device, dtypes[key]) for key, t in tensors.items()})
 
 
-def _fit_all(run: Run, tables: dict[tuple[str, ...], Tensor], samples: Samples | None) -> dict[str, Tensor]:
+def _fit_all(
+    run: Run, tables: dict[tuple[str, ...], Tensor], samples: Samples | None, tokenizer: Any
+) -> dict[str, Tensor]:
     """Returns the tensors of all tables, each name after that of the part which stores it; on the CPU."""
-    counts, tensors = _token_counts(samples), {}
+    text = counted_tokens(tokenizer, run.config)
+    counts, tensors = _token_counts(samples if text is None else text), {}
     for names, weight in tables.items():
         weight = weight.to(run.device, torch.float32)
         check_finite(weight, names[0], "weight")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from random_models import quantized_model
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import TEXT, tiny_model, tiny_tokenizer
 from whole_models import FIELDS, make
 
 from crvq_hf import CRVQConfig, quantize_model
@@ -12,6 +12,7 @@ from crvq_hf.algorithm import tables
 from crvq_hf.modeling.coded import CodedEmbedding, CodedHead
 from crvq_hf.modeling.table import TableShape
 from crvq_hf.modeling.table_fit import fit_table
+from crvq_hf.pipeline.calibration import counted_tokens
 from crvq_hf.tuning import end_to_end
 from crvq_hf.tuning.tables import tunable_tables
 
@@ -154,3 +155,14 @@ def test_in_training_it_computes_what_it_does_else(tied):
         found.square().sum().backward()
         assert all(parameter.grad.abs().max() > 0 for parameter in parameters)
     torch.testing.assert_close(model(tokens, use_cache=False).logits, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_tokens_are_counted_in_all_of_a_text(tmp_path):
+    """A few sequences are too few to tell which tokens are frequent."""
+    tokenizer, file = tiny_tokenizer(), tmp_path / "text.txt"
+    file.write_text(TEXT * 3)
+    tokens = counted_tokens(tokenizer, CRVQConfig(dataset=str(file), nsamples=1, seqlen=8))
+    assert torch.equal(tokens, torch.tensor(tokenizer(TEXT * 3)["input_ids"]))
+    for dataset in ("self", None, [{"input_ids": torch.ones(1, 3, dtype=torch.int64)}]):
+        assert counted_tokens(tokenizer, CRVQConfig(dataset=dataset)) is None
+    assert counted_tokens(None, CRVQConfig(dataset=str(file))) is None
