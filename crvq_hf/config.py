@@ -27,7 +27,7 @@ FORMAT_VERSIONS = (1, 2, 3, 4)  # that can be read; a checkpoint is written in t
 
 
 # Bits per weight of embeddings and heads: as they are, int8 rows, and codes (see `quantized_weight.TableShape`).
-EMBEDDING_BITS = (16, 8, 6, 4, 3, 2.5, 2)
+EMBEDDING_BITS = (16, 8, 6, 4, 3.5, 3, 2.5, 2)
 ROW_BITS = 8
 
 # What a preset sets, instead of the defaults; README.md has what each costs and gives.
@@ -217,7 +217,7 @@ class CRVQConfig(QuantizationConfigMixin):
     embedding_bits: float = _option(
         16,
         "bits per weight of embeddings and lm_head: 16 leaves them as they are, 8 stores int8 with a scale per row, "
-        "6, 4, 3, 2.5 and 2 store codes, finer ones for the most frequent tokens",
+        "6, 4, 3.5, 3, 2.5 and 2 store codes, finer ones for the most frequent tokens",
         _one_of(*EMBEDDING_BITS),
     )
     block_finetune_epochs: int = _option(1, "epochs of fine-tuning after each block, 0 switches it off", _integer(0))

@@ -13,7 +13,8 @@ from crvq_hf.modeling.replace import (
     unfuse_experts_to_quantize_,
 )
 from crvq_hf.modeling.table import TableShape
-from crvq_hf.pipeline.tables import fit_table, place_table_
+from crvq_hf.modeling.table_fit import fit_table
+from crvq_hf.pipeline.tables import place_table_
 from crvq_hf.quantizer import CRVQQuantizer
 
 MOE = SIZES | {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}

@@ -10,13 +10,13 @@ from functools import partial
 from statistics import median
 
 import torch
-from crvq_kernels import rows_linear
+from crvq_kernels import pack_codes, rows_linear
 from torch import nn
 from torch.nn import functional as F
 
 from crvq_hf.modeling.coded import CodedHead
 from crvq_hf.modeling.rows import quantize_rows
-from crvq_hf.modeling.table import FREQUENT, ROWS, TableShape
+from crvq_hf.modeling.table import EVERY, FREQUENT, ROWS, TableShape
 
 from ..common.commands import command_line
 from ..common.timing import paired, relative_error
@@ -27,13 +27,13 @@ TOLERANCE = 0.02  # twice what rounding gaussian rows to steps of a 127th of the
 def random_head(vocabulary: int, channels: int, bits: float, dtype: torch.dtype) -> CodedHead:
     """Returns a head of random codes."""
     shape, tensors = TableShape(vocabulary, channels, bits), {}
-    fewest = min(shape.every.codebook_size, shape.frequent.codebook_size)  # codes that any codebook has
     for name, (size, kind) in shape.tensors().items():
-        low, high = {torch.uint8: (0, fewest), torch.int8: (-127, 128)}.get(kind, (0, 1))
-        numbers = torch.rand(size) if kind.is_floating_point else torch.randint(low, high, size)
+        numbers = torch.rand(size) if kind.is_floating_point else torch.randint(-127, 128, size)
         tensors[name] = numbers.to(dtype if kind.is_floating_point else kind)
-    for name in ("weight_row_order", FREQUENT[3]):
-        tensors[name] = torch.randperm(channels).to(tensors[name].dtype)
+    for names, part in ((EVERY, shape.every), (FREQUENT, shape.frequent)):
+        codes = torch.randint(part.codebook_size, (part.out_features, part.num_virtual_groups))
+        tensors[names[0]] = pack_codes(codes, part.nbits)
+        tensors[names[3]] = torch.randperm(channels).to(tensors[names[3]].dtype)
     tensors[ROWS] = torch.randperm(vocabulary)[: shape.num_frequent].sort().values.int()
     return CodedHead(nn.Linear(channels, vocabulary, bias=False, device="meta"), tensors)
 

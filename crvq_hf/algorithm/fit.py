@@ -16,7 +16,6 @@ ROUNDS = 12  # rounds of codes, scales, codebooks
 MIN_GAIN = 0.003  # stop when a round gains less than this share
 KMEANS_ITERATIONS = 8
 RANKING_KMEANS_ITERATIONS = 3  # for the plain quantization that only ranks channels
-ENCODING_ROUNDS = 3  # of scales and codes, where the codebooks are fixed
 CRITICAL_BASE_WEIGHT = 0.1  # the base codebook leaves critical groups to the extended ones
 
 _ROUNDING = 1e-3  # a relative error this little below zero may be float32's
@@ -70,7 +69,7 @@ def fit_weight(
     hessian = damped(hessian, DAMPING)
     order = _rank_channels(weight, hessian, d, codebook_size, importance, generator)
     weight, hessian = weight[:, order], hessian[order][:, order]
-    scales = _row_scales(weight)
+    scales = row_scales(weight)
     vectors = (weight / scales[:, None]).view(len(weight), -1, d)
     metrics, row_weight = group_metrics(hessian, d), scales.square()
 
@@ -97,31 +96,6 @@ def fit_weight(
     return LayerCodes(fit.codes, fit.codebooks, fit.scales, order, critical, max(0.0, error))
 
 
-def encode_rows(weight: Tensor, hessian: Tensor, fitted: LayerCodes) -> tuple[Tensor, Tensor]:
-    """Returns codes `[N, V]` and scales `[N]` of other rows than a fit was made on, with its codebooks and order.
-
-    Args:
-        weight: `[N, K]`, fp32.
-        hessian: `[K, K]`, fp32, as it was given to `fit_weight`.
-        fitted: what that returned.
-    """
-    order, critical, d = fitted.channel_order, fitted.num_critical_groups, fitted.codebooks.shape[2]
-    weight, hessian = weight[:, order], damped(hessian, DAMPING)[order][:, order]
-    scales, metrics = _row_scales(weight), group_metrics(hessian, d)
-    rest = (weight / scales[:, None]).view(len(weight), -1, d)
-    codes = []
-    for book in fitted.codebooks:
-        part = slice(critical) if codes else slice(None)
-        codes.append(nearest_codes(rest[:, part], book, metrics[part]))
-        rest = rest[:, part] - book[codes[-1]]
-    fit = LayerFit.start(weight, hessian, scales, fitted.codebooks, torch.cat(codes, 1), critical)
-    for _ in range(ENCODING_ROUNDS):
-        update_scales_(fit)
-        update_codes_(fit)
-    update_scales_(fit)
-    return fit.codes, fit.scales
-
-
 def refine_(fit: LayerFit) -> None:
     """Alternates codes, scales and codebooks until a round gains less than `MIN_GAIN` (CRVQ section 3.3)."""
     update_scales_(fit)
@@ -135,7 +109,7 @@ def refine_(fit: LayerFit) -> None:
             break
 
 
-def _row_scales(weight: Tensor) -> Tensor:
+def row_scales(weight: Tensor) -> Tensor:
     """Returns `[N]`, the root mean square of every row; 1 for a row of zeros."""
     rms = weight.square().mean(1).sqrt()
     return torch.where(rms > 0, rms, torch.ones_like(rms))
@@ -147,7 +121,7 @@ def _rank_channels(
     """Returns the channel order by importance, from a quantization with one plain codebook (CRVQ section 3.1)."""
     residual = weight
     if rule == "weight_activation":
-        scales = _row_scales(weight)
+        scales = row_scales(weight)
         vectors = (weight / scales[:, None]).view(len(weight), -1, d)
         plain = torch.eye(d, dtype=weight.dtype, device=weight.device).expand(vectors.shape[1], d, d)
         book = kmeans(vectors, plain, scales.square(), codebook_size, RANKING_KMEANS_ITERATIONS, generator)

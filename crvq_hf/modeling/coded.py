@@ -7,6 +7,7 @@ from typing import Any
 import crvq_kernels
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..quantized_weight import QuantizedWeight
 from .frozen import as_traced
@@ -48,6 +49,8 @@ class CodedEmbedding(_CodedRows, RowEmbedding):
 
     def lookup(self, input: Tensor) -> Tensor:
         """Returns dense rows `[..., K]`, in the dtype of the model, for token numbers `[...]`."""
+        if crvq_kernels.is_transformed():  # by torch.func, whose transforms know the lookup of an embedding
+            return F.embedding(input, self.dequantize(self.compute_dtype))
         return self.table().lookup(input, self.compute_dtype)
 
 
@@ -78,6 +81,10 @@ class CodedHead(_CodedRows, RowHead):
             kept = key, [CRVQLinear.from_quantized(part, None).tile_() for part in parts]
             self.__dict__["_kept_layers"] = kept
         return kept[1]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.__dict__.pop("_kept_layers", None)
+        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what is kept for the kernels."""

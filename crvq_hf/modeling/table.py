@@ -28,7 +28,7 @@ GROUP = 4  # channels per code
 _ROWS_AT_ONCE = 8192  # that are dense in fp32
 # By bits per weight: bits per code of all rows, and how many codes more a frequent row has for each of its groups.
 # Part of the checkpoint format, as `TableShape` is.
-_CODES = {6: (8, 2), 4: (8, 2), 3: (8, 2), 2.5: (8, 2), 2: (7, 1)}
+_CODES = {6: (8, 2), 4: (8, 2), 3.5: (8, 2), 3: (8, 2), 2.5: (8, 2), 2: (7, 1)}
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,15 @@ class Table:
     def lookup(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns dense rows `[..., K]` in `dtype`, summed in fp32, for token numbers `[...]`."""
         flat = tokens.reshape(-1)
-        place = torch.searchsorted(self.rows, flat.to(self.rows.dtype)).clamp(max=len(self.rows) - 1)
-        is_frequent = (self.rows[place] == flat).unsqueeze(-1)
+        place, is_frequent = self.places(flat)
         dense = _rows_of(self.every, flat) + _rows_of(self.frequent, place) * is_frequent
         dense = dense + (self.factor[flat].float().unsqueeze(-1) * self.basis.float()).sum(-2)
         return dense.to(dtype).view(*tokens.shape, dense.shape[-1])
+
+    def places(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns where among the frequent rows those of token numbers `[R]` are, `[R]`, and whether, `[R, 1]`."""
+        place = torch.searchsorted(self.rows, tokens.to(self.rows.dtype)).clamp(max=len(self.rows) - 1)
+        return place, (self.rows[place] == tokens).unsqueeze(-1)
 
     def check(self, name: str) -> None:
         """Checks the values of all tensors.

@@ -91,7 +91,7 @@ def quantize_blocks_(
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             if config.has_coded_embeddings:
-                code_embeddings_(run, samples, dense_rows)
+                code_embeddings_(run, samples, tokenizer, dense_rows)
             report = _quantize(run, samples)
         work.finish()
         if config.work_dir is None:

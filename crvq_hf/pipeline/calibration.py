@@ -22,6 +22,8 @@ from .text import check_tokens, drawn_tokens, longest_text, read_text, streamed_
 
 # Sequences of end-to-end fine-tuning over `nsamples`, where the config leaves their number open.
 OPEN_E2E_FACTOR = 6
+# Tokens that are looked at to see which are frequent, where the text has as many.
+_COUNTED_TOKENS = 2**18
 # Sequences sampled together when the model writes its own text.
 _WRITING_BATCH = 32
 # Of a device's free memory, for the model to write there.
@@ -69,6 +71,15 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> 
     tokens = torch.stack(rows[:needed])
     check_tokens(model, tokens)
     return tokens
+
+
+def counted_tokens(tokenizer: Any, config: CRVQConfig) -> Tensor | None:
+    """Returns more tokens of a calibration text, int64, to see which are frequent; None where there is no text."""
+    dataset = config.dataset
+    is_text = isinstance(dataset, (str, list)) and not has_samples(dataset) and not sound_files(dataset)
+    if tokenizer is None or not is_text or (dataset in ("self", *_HUB_DATASETS) and not Path(dataset).is_file()):
+        return None
+    return drawn_tokens(tokenizer, _read(dataset), _COUNTED_TOKENS, config.seqlen, config.seed)[0]
 
 
 def tokenizer_for(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any, options: dict[str, Any]) -> Any:

@@ -6,37 +6,37 @@ import copy
 import logging
 import time
 from collections.abc import Container, Sequence
-from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..algorithm.fit import encode_rows, fit_weight
 from ..algorithm.hessian import damped
 from ..blocks.finding import Done
 from ..modeling.embedding import distinct_tables, find_embeddings, set_rows_, tell_dense
-from ..modeling.table import RANK, Table, TableShape
-from ..quantized_weight import LayerShape, QuantizedWeight, to_stored
+from ..modeling.table import TableShape
+from ..modeling.table_fit import fit_table
 from ..resources import distributed
 from .block_state import dtypes_of, restore_dtypes_
+from .calibration import counted_tokens
 from .run import Run, check_finite
 from .streams import Samples, Stream
 
 logger = logging.getLogger("crvq")
 
-SAMPLED_ROWS = 16384  # that codebooks are made on; the other rows are encoded, as many at a time
 LEAST_TOKENS = 4096  # that the Hessian of a head is made on, but four for each channel where that is more
 DAMPING = 1.0  # share of the mean diagonal of a head's Hessian; most of what tokens need is not in a calibration text
 _NAME = "embeddings"
 
 
-def code_embeddings_(run: Run, samples: Samples | None, leave: Container[str]) -> None:
+def code_embeddings_(run: Run, samples: Samples | None, tokenizer: Any, leave: Container[str]) -> None:
     """Puts the embedding and the head of a run's model into codes; `run.dense_parts` has what they were.
 
     Args:
         run: the run; its model is still dense.
         samples: calibration samples of all processes; None: weights only.
+        tokenizer: for more of a calibration text, to see which tokens are frequent.
         leave: names of parts that have to stay dense.
 
     Raises:
@@ -47,7 +47,7 @@ def code_embeddings_(run: Run, samples: Samples | None, leave: Container[str]) -
     tell_dense(run.model, found, bits)
     tables = distinct_tables(run.model, found)
     saved = run.work.load(_NAME)
-    tensors = distributed.first(lambda: _fit_all(run, tables, samples)) if saved is None else saved[0]
+    tensors = distributed.first(lambda: _fit_all(run, tables, samples, tokenizer)) if saved is None else saved[0]
     if saved is None:
         run.work.save(_NAME, tensors)
     for names in tables:
@@ -66,15 +66,20 @@ def place_table_(model: nn.Module, names: Sequence[str], tensors: dict[str, Tens
     set_rows_(model, names, {key: t.to(weight.device, dtypes[key]) for key, t in tensors.items()})
 
 
-def _fit_all(run: Run, tables: dict[tuple[str, ...], Tensor], samples: Samples | None) -> dict[str, Tensor]:
+def _fit_all(
+    run: Run, tables: dict[tuple[str, ...], Tensor], samples: Samples | None, tokenizer: Any
+) -> dict[str, Tensor]:
     """Returns the tensors of all tables, each name after that of the part which stores it; on the CPU."""
-    counts, tensors = _token_counts(samples), {}
+    text = counted_tokens(tokenizer, run.config)
+    counts, tensors = _token_counts(samples if text is None else text), {}
     for names, weight in tables.items():
         weight = weight.to(run.device, torch.float32)
         check_finite(weight, names[0], "weight")
         identity = torch.eye(weight.shape[1], device=run.device)
         heads = [name for name in names if not isinstance(run.model.get_submodule(name), nn.Embedding)]
         hessian = _head_hessian(run, heads[0], samples) if heads and samples is not None else None
+        if hessian is not None:
+            check_finite(hessian, heads[0], "calibration input")
         metric = identity if hessian is None else damped(hessian, DAMPING)
         shape = TableShape(*weight.shape, run.config.embedding_bits)
         seed = torch.Generator().manual_seed(run.config.seed)
@@ -85,72 +90,6 @@ def _fit_all(run: Run, tables: dict[tuple[str, ...], Tensor], samples: Samples |
         logger.info("%s in %g bits: relative error %.4f.", " and ".join(names), shape.bits, error)
         tensors |= {f"{names[0]}.{key}": tensor.cpu().contiguous() for key, tensor in table.tensors().items()}
     return tensors
-
-
-def fit_table(
-    weight: Tensor, metric: Tensor, counts: Tensor, shape: TableShape, generator: torch.Generator
-) -> tuple[Table, float]:
-    """Quantizes an embedding or a head.
-
-    Args:
-        weight: `[V, K]`, fp32.
-        metric: `[K, K]`, fp32, positive definite: an error e of a row counts `e @ metric @ e`.
-        counts: int64, how often each token comes, of as many tokens as it has.
-        shape: of the table.
-        generator: source of all randomness, on the CPU.
-
-    Returns:
-        The table and its relative error in the metric.
-
-    Raises:
-        ValueError: a row does not fit float16.
-    """
-    factor, basis = _common(weight, metric)
-    rest = weight - factor.float() @ basis.float()
-    every = _fit_part(rest, metric, shape.every, generator)
-    padded = torch.zeros(len(weight), dtype=torch.int64)
-    padded[: len(counts)] = counts[: len(weight)]
-    rows = padded.argsort(descending=True, stable=True)[: shape.num_frequent]  # of equal ones those with low numbers
-    rows = rows.sort().values.to(weight.device)
-    rest -= every.dequantize(torch.float32)
-    frequent = _fit_part(rest[rows], metric, shape.frequent, generator)
-    rest[rows] -= frequent.dequantize(torch.float32)
-    error = float((rest @ metric * rest).sum() / (weight @ metric * weight).sum().clamp_min(1e-30))
-    return Table(factor, basis, every, frequent, rows.int()), error
-
-
-def _common(weight: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns factor `[V, 2]` and basis `[2, K]`, float16, whose product is nearest to `weight` in the metric."""
-    lower = torch.linalg.cholesky(metric.double())
-    energies = lower.T @ (weight.T @ weight).double() @ lower
-    directions = torch.linalg.eigh(energies).eigenvectors[:, -RANK:]
-    basis = torch.linalg.solve(lower.T, directions)  # columns of unit size in the metric
-    size = basis.norm(dim=0).clamp_min(1e-30)
-    dual = lower @ directions * size
-    factor, basis = (weight @ dual.float()).half(), (basis / size).T.float().half()
-    if not factor.isfinite().all():
-        raise ValueError("A row is too large for float16 (65504 at most).")
-    return factor, basis
-
-
-def _fit_part(weight: Tensor, metric: Tensor, shape: LayerShape, generator: torch.Generator) -> QuantizedWeight:
-    """Returns the codes of rows `[N, K]`, codebooks made on some of them; rows of zeros stay zeros."""
-    picked = torch.randperm(len(weight), generator=generator)[:SAMPLED_ROWS].sort().values.to(weight.device)
-    fitted = fit_weight(
-        weight[picked],
-        metric,
-        in_group_size=shape.in_group_size,
-        codebook_size=shape.codebook_size,
-        num_extended_codebooks=shape.num_codebooks - 1,
-        num_critical_groups=shape.num_critical_groups,
-        generator=generator,
-    )
-    if len(picked) < len(weight):
-        parts = [encode_rows(rows, metric, fitted) for rows in weight.split(SAMPLED_ROWS)]
-        codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
-        fitted = replace(fitted, codes=codes, scales=scales)
-    scales = torch.where(weight.abs().amax(1) > 0, fitted.scales, torch.zeros_like(fitted.scales))
-    return to_stored(replace(fitted, scales=scales), shape.nbits, shape.codebook_bits)
 
 
 def _token_counts(samples: Samples | None) -> Tensor:

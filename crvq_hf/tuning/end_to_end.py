@@ -16,6 +16,7 @@ from ..modeling.row_modules import Rows
 from ..resources import distributed
 from ..resources.workfolder import WorkFolder
 from .losses import distillation_loss
+from .tables import tunable_tables
 from .trainer import Trainer, shuffled
 from .tunable import frozen, tunable
 
@@ -37,10 +38,10 @@ def finetune_end_to_end_(
     full_precision: Callable[[], AbstractContextManager],
     work: WorkFolder,
 ) -> tuple[dict[str, float], float]:
-    """Tunes codebooks, scales, norms and biases of all blocks on KL(full precision || quantized).
+    """Tunes codebooks, scales, norms and biases on KL(full precision || quantized).
 
-    The teacher's logits are made from its last hidden states, which quantizing block by block has left: the
-    full-precision weights are not needed any more.
+    Those of all blocks, and of embedding and head where these are codes. The teacher's logits are made from its last
+    hidden states, which quantizing block by block has left: the full-precision blocks are not needed any more.
 
     Args:
         runner: of the quantized model; the model is on the compute device, in fp32.
@@ -62,12 +63,13 @@ def finetune_end_to_end_(
     order = shuffled(len(states), epochs, seed)
     losses: list[float] = []
     with (
-        frozen(model),  # embedding and head too: nobody needs their gradients
+        frozen(model),  # dense embeddings and heads too: nobody needs their gradients
         _cast_head(model, precision),
         tunable(runner.blocks) as parameters,
+        tunable_tables(model) as others,
         _saving_memory(runner, states, precision),
     ):
-        trainer = Trainer(parameters, len(order), peak)
+        trainer = Trainer([*parameters, *others], len(order), peak)
         first, spent = _resume(work, trainer, losses)
         saved_at = time.monotonic()
         start = saved_at - spent
@@ -97,24 +99,17 @@ def finetune_end_to_end_(
 def _cast_head(model: nn.Module, precision: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Has the head in the dtype it computes in while inside: autocast would cast it at every use."""
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or isinstance(head, Rows):
         yield
         return
-    kind = next(model.parameters()).device.type
+    weight, kind = head.weight, head.weight.device.type
     with precision():
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-    if isinstance(head, Rows):
-        (name,) = (name for name, module in model.named_modules() if module is head)
-        model.set_submodule(name, head.to_dense(dtype).requires_grad_(False))
-    else:
-        weight, head.weight = head.weight, nn.Parameter(head.weight.to(dtype), requires_grad=False)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    head.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     try:
         yield
     finally:
-        if isinstance(head, Rows):
-            model.set_submodule(name, head)
-        else:
-            head.weight = weight
+        head.weight = weight
 
 
 def _saving_memory(

@@ -223,6 +223,27 @@ def test_state_dict_without_files(quantized, make, tokens, tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["llama", "llama tied"])
+def test_another_state_is_loaded(quantized, make, tokens, case):
+    model, other = (quantize_model(make(case), config=quantized) for _ in range(2))
+    assert not torch.equal(logits(model, tokens), expected := logits(other, tokens))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(logits(model, tokens), expected)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama tied"])
+def test_transforms_and_traces(quantized, make, tokens, case):
+    model = quantize_model(make(case), config=quantized)
+    embedding, head, x = model.model.embed_tokens, model.lm_head, torch.randn(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(embedding)(tokens), embedding(tokens))
+        torch.testing.assert_close(torch.func.vmap(head)(x), head(x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.jit.trace(head, x)(x), head(x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.jit.trace(embedding, tokens)(tokens), embedding(tokens))
+    jacobian = torch.func.jacrev(head)(x[0])
+    torch.testing.assert_close(jacobian, head.dequantize(torch.float32), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama tied"])
 def test_sharded_and_on_disk(quantized, make, tokens, tmp_path, case):
     model = quantize_model(make(case), config=quantized)
     model.save_pretrained(tmp_path, max_shard_size="3KB")
