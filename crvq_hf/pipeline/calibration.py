@@ -77,9 +77,16 @@ def counted_tokens(tokenizer: Any, config: CRVQConfig) -> Tensor | None:
     """Returns more tokens of a calibration text, int64, to see which are frequent; None where there is no text."""
     dataset = config.dataset
     is_text = isinstance(dataset, (str, list)) and not has_samples(dataset) and not sound_files(dataset)
-    if tokenizer is None or not is_text or (dataset in ("self", *_HUB_DATASETS) and not Path(dataset).is_file()):
+    sources = sources_of(dataset) if is_text and isinstance(dataset, str) else [None]
+    if tokenizer is None or not is_text or any(source is not None and source.kind != "file" for source in sources):
         return None
-    return drawn_tokens(tokenizer, _read(dataset), _COUNTED_TOKENS, config.seqlen, config.seed)[0]
+    whole = sum(1.0 if source is None else source.share for source in sources)
+    found = []
+    for source in sources:
+        most = int(_COUNTED_TOKENS * (1.0 if source is None else source.share) / whole)
+        read = partial(read_text, dataset if source is None else source.spelled, tokenizer)
+        found.append(drawn_tokens(tokenizer, read, most, config.seqlen, config.seed)[0])
+    return torch.cat(found)
 
 
 def tokenizer_for(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any, options: dict[str, Any]) -> Any:
