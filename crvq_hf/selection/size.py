@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -26,10 +26,9 @@ logger = logging.getLogger("crvq")
 
 # How many times the dense model's perplexity SmolLM2-135M-Instruct has on WikiText-2, by stored bits of its linear
 # layers (benchmarks/results/quality.csv: the default preset; at 1.14 bits the median of three seeds; 20.1 dense), and
-# by bits of its embeddings (benchmarks/README.md).
+# by bits of its embeddings where its blocks are dense (benchmarks/LOG.md, "What bits of embeddings cost").
 _OF_LINEARS = ((1.141, 115.34 / 20.1), (1.993, 43.61 / 20.1), (2.998, 29.17 / 20.1))
-_OF_EMBEDDINGS = {8: 1.002}
-_PER_BIT = 4  # times the squared error for a bit less, which stands for fewer bits of embeddings than were measured
+_OF_EMBEDDINGS = ((2.5, 1.176), (4.0, 1.051), (8.0, 1.001))
 _STEP, _MOST, _HALVINGS = 0.5, 8.0, 9  # bits per weight of linear layers that are tried, and how finely in between
 
 
@@ -62,7 +61,8 @@ class Plan:
     @property
     def loss(self) -> float:
         """The logarithm of how many times the dense model's perplexity is expected."""
-        return _loss_of_linears(self.bits) + _loss_of_embeddings(self.config.embedding_bits)
+        of_embeddings = 0.0 if self.config.embedding_bits == 16 else _loss(_OF_EMBEDDINGS, self.config.embedding_bits)
+        return _loss(_OF_LINEARS, self.bits) + of_embeddings
 
 
 def within_size(
@@ -155,25 +155,14 @@ class _Search:
         return plan if plan is not None and plan.nbytes <= nbytes else None
 
 
-def _loss_of_linears(bits: float) -> float:
-    """Returns what the linear layers add to the logarithm of the perplexity.
+def _loss(points: Sequence[tuple[float, float]], bits: float) -> float:
+    """Returns what so many bits add to the logarithm of the perplexity.
 
     Between the measured points, and beyond them, its logarithm is a straight line.
     """
-    points = [(x, math.log(math.log(times))) for x, times in _OF_LINEARS]
-    (x, y), (other_x, other_y) = next((pair for pair in pairwise(points) if bits <= pair[1][0]), points[-2:])
+    logs = [(x, math.log(math.log(times))) for x, times in points]
+    (x, y), (other_x, other_y) = next((pair for pair in pairwise(logs) if bits <= pair[1][0]), logs[-2:])
     return math.exp(y + (bits - x) * (other_y - y) / (other_x - x))
-
-
-def _loss_of_embeddings(bits: float) -> float:
-    """Returns what embeddings add to the logarithm of the perplexity, as straight lines of its logarithm say it."""
-    if bits == 16:
-        return 0.0
-    points = {known: math.log(times) for known, times in _OF_EMBEDDINGS.items()}
-    above = min(known for known in points if known >= bits)
-    below = max((known for known in points if known < bits), default=None)
-    per_bit = _PER_BIT if below is None else (points[below] / points[above]) ** (1 / (above - below))
-    return points[above] * per_bit ** (above - bits)
 
 
 def _tell(fit: int, plan: Plan, planned: PlannedCheckpoint) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.checkpoint.info import read_info
 from crvq_hf.commands.cli import main
-from crvq_hf.config import DECIDED, EMBEDDING_BITS, FIELDS
+from crvq_hf.config import DECIDED, FIELDS
 from crvq_hf.selection import size
 from crvq_hf.selection.choice import choose_layers
 
@@ -145,14 +145,12 @@ def test_the_least_loss_is_chosen(make_model, plans):
     assert plans[0].bits < plans[1].bits and plans[0].loss > plans[1].loss > plans[2].loss
 
 
-def test_the_curves_fall_and_pass_through_what_was_measured():
-    bits = [0.6, 1.141, 1.5, 1.993, 2.5, 2.998, 4, 8]
-    losses = [size._loss_of_linears(x) for x in bits]
-    assert losses == sorted(losses, reverse=True)
-    for x, times in size._OF_LINEARS:
-        assert math.exp(size._loss_of_linears(x)) == pytest.approx(times)
-    losses = [size._loss_of_embeddings(x) for x in sorted(EMBEDDING_BITS, reverse=True)]
-    assert losses == sorted(losses) and losses[0] == 0
+@pytest.mark.parametrize("points", [size._OF_LINEARS, size._OF_EMBEDDINGS])
+def test_the_curves_fall_and_pass_through_what_was_measured(points):
+    losses = [size._loss(points, bits) for bits in (0.6, 1.141, 1.5, 1.993, 2.5, 2.998, 4, 6, 8)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] > 0
+    for bits, times in points:
+        assert math.exp(size._loss(points, bits)) == pytest.approx(times)
 
 
 def test_what_other_code_reads_is_not_counted_as_few_bits(make_model, plans, caplog):
