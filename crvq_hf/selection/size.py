@@ -28,7 +28,7 @@ logger = logging.getLogger("crvq")
 # layers (benchmarks/results/quality.csv: the default preset; at 1.14 bits the median of three seeds; 20.1 dense), and
 # by bits of its embeddings where its blocks are dense (benchmarks/LOG.md, "What bits of embeddings cost").
 _OF_LINEARS = ((1.141, 115.34 / 20.1), (1.993, 43.61 / 20.1), (2.998, 29.17 / 20.1))
-_OF_EMBEDDINGS = ((2.5, 1.176), (4.0, 1.051), (8.0, 1.001))
+_OF_EMBEDDINGS = ((2.0, 1.395), (2.5, 1.176), (3.0, 1.103), (4.0, 1.051), (8.0, 1.001))
 _STEP, _MOST, _HALVINGS = 0.5, 8.0, 9  # bits per weight of linear layers that are tried, and how finely in between
 
 
