@@ -27,7 +27,8 @@ def common_part(weight: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tens
         ValueError: a row does not fit float16.
     """
     lower = torch.linalg.cholesky(metric.double())
-    energies = lower.T @ (weight.T @ weight).double() @ lower
+    unit = weight / weight.abs().max().clamp_min(1e-30)
+    energies = lower.T @ (unit.T @ unit).double() @ lower
     directions = torch.linalg.eigh(energies).eigenvectors[:, -rank:]
     basis = torch.linalg.solve(lower.T, directions)  # columns of unit size in the metric
     size = basis.norm(dim=0).clamp_min(1e-30)

@@ -86,7 +86,11 @@ def _fit_all(
         try:
             table, error = fit_table(weight, metric, counts, shape, seed)
         except ValueError as cause:
-            raise ValueError(f"{names[0]}: {cause} Or leave it with embedding_bits=16.") from None
+            why = str(cause).partition(";")[0].rstrip(".")
+            raise ValueError(
+                f"{names[0]} cannot be stored in {shape.bits:g} bits ({why}); check its weights, or leave it with "
+                "embedding_bits=16."
+            ) from None
         logger.info("%s in %g bits: relative error %.4f.", " and ".join(names), shape.bits, error)
         tensors |= {f"{names[0]}.{key}": tensor.cpu().contiguous() for key, tensor in table.tensors().items()}
     return tensors

@@ -88,9 +88,14 @@ def test_most_rows_are_encoded_with_the_codebooks_of_some(monkeypatch):
     assert in_parts < 1.15 * at_once
 
 
-def test_what_float16_cannot_hold_is_refused():
-    with pytest.raises(ValueError, match="too large for float16"):
-        fit(1e8 * torch.randn(50, 8))
+@pytest.mark.parametrize("scale", [1e8, 1e30])
+def test_what_float16_cannot_hold_is_refused(tmp_path, scale):
+    model = tiny_model(tie_word_embeddings=False)
+    model.lm_head.weight.data *= scale
+    with pytest.raises(
+        ValueError, match=r"^lm_head cannot be stored in 3 bits \(.*float16.*\); check its weights, or"
+    ):
+        quantize_model(model, config=CRVQConfig(dataset=None, embedding_bits=3, work_dir=tmp_path / "work"))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
