@@ -3,7 +3,8 @@
 Nobody needs to where Python reads the .pth file beside this package, see `crvq_autoload`. The algorithm itself is
 loaded when a model is quantized.
 
-From the ground up: `algorithm` fits one layer, `quantized_weight` is what is stored of it, `config` has every knob.
+From the ground up: `algorithm` fits one layer, `quantized_weight` is what is stored of it, `config` has every knob,
+`dataset` what names calibration data.
 `modeling` are the layers of a quantized model, `resources` and `tuning` what `pipeline` needs to quantize a whole one.
 `checkpoint` reads files, `generation` writes tokens, `evaluation` measures, `sharing` tells others. `quantizer`
 connects all that to transformers, `vllm` to vLLM, and `commands` to the command line. Imports go from the later to the

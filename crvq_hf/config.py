@@ -11,19 +11,24 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .dataset.grammar import checked_dataset, has_samples, listed, shareable_dataset
 from .quantized_weight import LayerShape, num_critical_groups
 
 QUANT_METHOD = "crvq"
 QUANTIZER_PACKAGE = "crvq-hf"  # stands in config.json for those who meet a checkpoint and do not know the method
-FORMAT_VERSIONS = (1, 2, 3)  # that can be read; a checkpoint is written in the oldest that can hold it
+FORMAT_VERSIONS = (1, 2, 3, 4)  # that can be read; a checkpoint is written in the oldest that can hold it
 
+
+# Bits per weight of embeddings and heads: as they are, int8 rows, and codes (see `quantized_weight.TableShape`).
+EMBEDDING_BITS = (16, 8, 6, 4, 3.5, 3, 2.5, 2)
+ROW_BITS = 8
 
 # What a preset sets, instead of the defaults; README.md has what each costs and gives.
 PRESETS: dict[str, dict[str, int]] = {
@@ -31,9 +36,14 @@ PRESETS: dict[str, dict[str, int]] = {
     "default": {},
     "best": {"nsamples": 384, "e2e_finetune_epochs": 2},
 }
-# What a budget of `bits` decides, and the fewest channels that it may give a code.
+# What a budget of `bits` decides, and the fewest channels that it may give a code; and what `fit` decides.
 BUDGETED = ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio")
 FINEST_GROUP = 4
+DECIDED = {"bits": BUDGETED, "fit": ("bits", *BUDGETED, "embedding_bits")}
+# Bytes of the units of a size, in small letters.
+UNITS = {"b": 1} | {f"{letter}b": 1000**i for i, letter in enumerate("kmgt", 1)}
+UNITS |= {f"{letter}ib": 1024**i for i, letter in enumerate("kmgt", 1)}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]{1,2})?)\s*([a-z]*)\s*", re.ASCII | re.IGNORECASE)
 
 
 def _option(default: Any, help: str, check: Callable[[str, Any], Any], stored: bool = True) -> Any:
@@ -45,7 +55,7 @@ def _one_of(*allowed: Any) -> Callable[[str, Any], Any]:
     def check(name: str, value: Any) -> Any:
         if isinstance(value, bool) or value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-        return value
+        return allowed[allowed.index(value)]  # 8 where 8.0 is given
 
     return check
 
@@ -73,24 +83,32 @@ def _budget(name: str, value: Any) -> float | None:
     return None if value is None else _number(0.5, 8)(name, value)
 
 
+def _size(name: str, value: Any) -> int | None:
+    """Returns bytes, of a number of them or of text such as "40MB"."""
+    if value is None:
+        return None
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    unit = UNITS.get(match[2].lower() or "b") if match else None
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    number = float(match[1]) * unit if unit else number
+    if number is None or not 1 <= number < 2**63:
+        raise ValueError(
+            f"{name} must be a size such as '40MB', '4GB' or '3.7GiB' (units B, kB, MB, GB, TB of 1000, KiB, MiB, "
+            f"GiB, TiB of 1024; a plain number is bytes), got {value!r:.80}."
+        )
+    return int(number)
+
+
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}.")
     return value
 
 
-def _list(value: Any) -> list[Any] | None:
-    """Returns a list of what a list, an array or a column of a table holds; None for what is none of these."""
-    is_ordered = isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping, Set))
-    if not is_ordered or getattr(value, "ndim", 1) != 1:
-        return None
-    return [str(item) if isinstance(item, str) else item for item in value]  # numpy has strings of its own
-
-
 def _names(name: str, value: Any) -> list[str] | None:
     if value is None:
         return None
-    names = _list(value)
+    names = listed(value)
     if names is None or not all(isinstance(item, str) and item for item in names):
         raise ValueError(f"{name} must be a list of module names or None, got {value!r}.")
     for item in names:
@@ -101,48 +119,6 @@ def _names(name: str, value: Any) -> list[str] | None:
                 f"{name} must hold names or regular expressions, but {item!r:.80} is neither: {error}."
             ) from None
     return names
-
-
-def has_samples(dataset: Any) -> bool:
-    """Returns whether a `dataset` is a list of dicts of what a model's forward takes."""
-    return isinstance(dataset, list) and bool(dataset) and isinstance(dataset[0], dict)
-
-
-def _sample(number: int, value: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns what a model is given of a sample, arrays and lists of numbers as tensors."""
-    sample = {}
-    for key, item in value.items():
-        try:
-            sample[str(key)] = item if isinstance(item, torch.Tensor) else torch.as_tensor(item)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
-                f"dataset is a list of dicts, each as model(**sample) takes it, but {key!r} of sample {number} is no "
-                f"tensor but {type(item).__name__} {' '.join(repr(item).split()):.60}."
-            ) from None
-    empty = [key for key, tensor in sample.items() if not tensor.numel() or not tensor.dim()]
-    if empty or not sample:
-        raise ValueError(
-            f"Sample {number} of dataset has {f'no batch or nothing in {empty[0]!r}' if empty else 'nothing in it'}; "
-            "give dicts of tensors, each as model(**sample) takes it."
-        )
-    return sample
-
-
-def _dataset(name: str, value: Any) -> list[dict[str, torch.Tensor]] | list[str] | str | None:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if value is None or (isinstance(value, str) and value):
-        return value
-    items = _list(value)
-    if items and all(isinstance(item, (str, os.PathLike)) for item in items):
-        return [os.fspath(item) for item in items]
-    if items and all(isinstance(item, Mapping) for item in items):
-        return [_sample(number, item) for number, item in enumerate(items)]
-    raise ValueError(
-        f"{name} must be 'self', 'wikitext2', 'c4', the path of a text file, path:field of a table, a folder of sound "
-        "files, a non-empty list or column of texts, a list of dicts of what the model takes, or None, "
-        f"got {type(value).__name__} {' '.join(repr(value).split()):.80}."
-    )
 
 
 def _device(name: str, value: Any) -> str | torch.device | None:
@@ -179,31 +155,13 @@ def _anything(name: str, value: Any) -> Any:
     return value
 
 
-def split_field(dataset: str) -> tuple[str, str | None]:
-    """Returns the path and the field of a `dataset` such as `texts.jsonl:body`, None for no field."""
-    path, colon, field = dataset.rpartition(":")
-    is_split = colon and field and os.path.isfile(path) and not os.path.exists(dataset)
-    return (path, field) if is_split else (dataset, None)
-
-
-def shareable_dataset(dataset: list[Any] | str | None) -> str | None:
-    """Returns a `dataset` without the user's texts and folders: how many texts, the last component of a path."""
-    if has_samples(dataset):
-        return f"{len(dataset)} samples"
-    if isinstance(dataset, list):
-        return f"{len(dataset)} {'files' if all(map(os.path.isfile, dataset)) else 'texts'}"
-    if dataset and (os.path.isabs(dataset) or os.path.exists(split_field(dataset)[0])):
-        return os.path.basename(os.path.normpath(dataset))
-    return dataset
-
-
 @dataclass(init=False, repr=False, eq=False)
 class CRVQConfig(QuantizationConfigMixin):
     """How a model is, or is to be, quantized with CRVQ.
 
     Takes its fields as keyword arguments; `crvq quantize --help` explains each. `preset="fast"` or `"best"` changes
     the defaults of some. Fields are checked on every assignment. `tokenizer`, `device`, `work_dir` and `dequantize`
-    steer one run and are never stored, and neither is `bits` once it has been spent.
+    steer one run and are never stored, and neither are `bits` and `fit` once they have been spent.
 
     Raises:
         ValueError: a value is out of range, an argument is unknown, or the format version is not this one's.
@@ -213,8 +171,8 @@ class CRVQConfig(QuantizationConfigMixin):
     quantizer_package: str = _option(QUANTIZER_PACKAGE, "package that reads it", _one_of(QUANTIZER_PACKAGE))
     format_version: int = _option(
         3,
-        "version of the checkpoint format: 3 with 8-bit codebooks, else 2 with 8-bit embeddings, else 1; "
-        "follows by itself",
+        "version of the checkpoint format: 4 with embeddings in fewer than 8 bits, else 3 with 8-bit codebooks, "
+        "else 2 with 8-bit embeddings, else 1; follows by itself",
         _format_version,
     )
     bits: float | None = _option(
@@ -222,6 +180,12 @@ class CRVQConfig(QuantizationConfigMixin):
         "budget of stored bits per quantized weight, 1.1 say; chooses channels and bits per code, extended codebooks "
         "and critical channels",
         _budget,
+    )
+    fit: int | None = _option(
+        None,
+        "size that the whole checkpoint is to have at most, all files counted: 40MB, 4GB, 3.7GiB, a number of bytes; "
+        "chooses bits and embedding_bits",
+        _size,
     )
     in_group_size: int = _option(8, "input channels that share one code: 4, 8 or 16", _one_of(4, 8, 16))
     nbits_per_codebook: int = _option(8, "bits per code, 4 to 12; a codebook has 2**bits entries", _integer(4, 12))
@@ -238,9 +202,10 @@ class CRVQConfig(QuantizationConfigMixin):
     dataset: list[dict[str, torch.Tensor]] | list[str] | str | None = _option(
         "self",
         "calibration text: 'self' (written by the model), 'wikitext2', 'c4', a path (of a table: path:field), "
+        "a dataset of the hub (owner/name:config:split:field), a mixture of these (a.txt:0.7,b.txt:0.3), "
         "a list of texts, or None; for models that hear, a folder of sound files; for any model, a list of dicts, "
         "each a batch as model(**sample) takes it",
-        _dataset,
+        checked_dataset,
     )
     nsamples: int = _option(
         64, "calibration sequences (sound files, dicts) for fitting and tuning block by block", _integer(1)
@@ -249,8 +214,11 @@ class CRVQConfig(QuantizationConfigMixin):
         256, "tokens per calibration sequence; at most, where the model writes what is said", _integer(1)
     )
     seed: int = _option(0, "seed of everything random", _integer(0))
-    embedding_bits: int = _option(
-        16, "8 stores embeddings and lm_head as int8 with a scale per row, 16 leaves them as they are", _one_of(16, 8)
+    embedding_bits: float = _option(
+        16,
+        "bits per weight of embeddings and lm_head: 16 leaves them as they are, 8 stores int8 with a scale per row, "
+        "6, 4, 3.5, 3, 2.5 and 2 store codes, finer ones for the most frequent tokens",
+        _one_of(*EMBEDDING_BITS),
     )
     block_finetune_epochs: int = _option(1, "epochs of fine-tuning after each block, 0 switches it off", _integer(0))
     e2e_finetune_epochs: int = _option(1, "epochs of end-to-end fine-tuning, 0 switches it off", _integer(0))
@@ -278,9 +246,12 @@ class CRVQConfig(QuantizationConfigMixin):
                 f"CRVQConfig has no field {unknown[0]!r}, did you mean {closest!r}? "
                 f"Its fields are {', '.join(FIELDS)}."
             )
-        given = [name for name in BUDGETED if name in values]
-        if values.get("bits") is not None and given:
-            raise ValueError(f"bits={values['bits']!r} chooses {', '.join(BUDGETED)}; leave out {', '.join(given)}.")
+        for budget, decided in DECIDED.items():
+            given = [name for name in decided if values.get(name) is not None]
+            if values.get(budget) is not None and given:
+                raise ValueError(
+                    f"{budget}={values[budget]!r} chooses {', '.join(decided)}; leave out {', '.join(given)}."
+                )
         for name, field in FIELDS.items():
             if name != "format_version":
                 setattr(self, name, values.get(name, field.default))
@@ -293,8 +264,13 @@ class CRVQConfig(QuantizationConfigMixin):
         super().__setattr__(name, value)
         if name in ("codebook_bits", "embedding_bits"):
             has = self.__dict__.get
-            version = 3 if has("codebook_bits") == 8 else 2 if has("embedding_bits") == 8 else 1
-            self.__dict__["format_version"] = version
+            coded, rows = self.has_coded_embeddings, has("embedding_bits") == ROW_BITS
+            self.__dict__["format_version"] = 4 if coded else 3 if has("codebook_bits") == 8 else 2 if rows else 1
+
+    @property
+    def has_coded_embeddings(self) -> bool:
+        """Whether embeddings and head are stored in fewer than 8 bits."""
+        return self.__dict__.get("embedding_bits", 16) < ROW_BITS
 
     @classmethod
     def from_dict(
@@ -313,8 +289,9 @@ class CRVQConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Returns the stored fields, all of them plain JSON values."""
         stored = [name for name, field in FIELDS.items() if field.metadata["stored"]]
-        later = {1: ("embedding_bits", "codebook_bits"), 2: ("codebook_bits",), 3: ()}[self.format_version]
-        undecided = ("bits",) if self.bits is None else BUDGETED
+        later = {1: ("embedding_bits", "codebook_bits"), 2: ("codebook_bits",)}.get(self.format_version, ())
+        undecided = [name for name in DECIDED if getattr(self, name) is None]
+        undecided += [name for budget in DECIDED.keys() - undecided for name in DECIDED[budget]]
         # Readers of older formats do not know `later` fields.
         stored = [name for name in stored if name not in (*later, *undecided)]
         fields = {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in stored}
@@ -331,6 +308,11 @@ class CRVQConfig(QuantizationConfigMixin):
     def get_loading_attributes(self) -> dict[str, Any]:
         """Returns what a config given to `from_pretrained` may change about a checkpoint that is already quantized."""
         return {"dequantize": self.dequantize}
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether `bits` or `fit` is yet to be spent, so that the shapes of layers are not decided."""
+        return self.bits is not None or self.fit is not None
 
     def layer_shape(self, in_features: int, out_features: int) -> LayerShape:
         """Returns the shape that this config gives to a layer; the one place where it is derived.

@@ -24,8 +24,7 @@ from .checkpoint.sources import heard_options
 from .config import QUANT_METHOD, CRVQConfig
 from .modeling.counting import QUANTIZED, count_weights_
 from .modeling.embedding import (
-    Int8Embedding,
-    Int8Head,
+    Rows,
     answer_dtypes_,
     dequantize_embeddings_,
     find_embeddings,
@@ -98,11 +97,11 @@ class CRVQQuantizer(HfQuantizer):
         if checkpoint_files is None:  # a state dict was given, so there are no headers to ask
             unfuse_experts_to_quantize_(model, self.quantization_config)
             names = list(quantizable_linears(model, self.quantization_config)[0])
-            embeddings = list(find_embeddings(model)) if self.quantization_config.embedding_bits == 8 else []
+            embeddings = list(find_embeddings(model, self.quantization_config.embedding_bits))
         else:
             names, embeddings = match_checkpoint(model, checkpoint_files, self.quantization_config)
         replace_with_crvq_(model, names, self.quantization_config)
-        replace_embeddings_(model, embeddings)
+        replace_embeddings_(model, embeddings, self.quantization_config.embedding_bits)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Quantizes a dense model, or checks a CRVQ model that has just been loaded."""
@@ -150,7 +149,7 @@ class CRVQQuantizer(HfQuantizer):
         """Turns every layer back into a dense one, as if the model had been loaded from a dense checkpoint."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         layers = {name: module for name, module in model.named_modules() if isinstance(module, CRVQLinear)}
-        rows = [module for module in model.modules() if isinstance(module, (Int8Embedding, Int8Head))]
+        rows = [module for module in model.modules() if isinstance(module, Rows)]
         if any(layer.weight.is_meta or hasattr(layer, "_hf_hook") for layer in [*layers.values(), *rows]):
             raise ValueError(
                 "Dequantizing needs the whole model on one device; load it without offloading, "

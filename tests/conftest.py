@@ -113,15 +113,17 @@ def small_steps(monkeypatch):
 @pytest.fixture
 def pipeline(monkeypatch):
     """Puts random codes in the place of what the pipeline finds; returns the list of its calls' arguments."""
-    from random_models import quantize_randomly
+    from random_models import code_embeddings, quantize_randomly
 
     from crvq_hf.pipeline import quantize_model
 
     calls = []
 
-    def quantize_blocks_(model, tokenizer, config, samples):
+    def quantize_blocks_(model, tokenizer, config, samples, dense_rows=()):
         calls.append((model, tokenizer, config))
         quantize_randomly(model, tokenizer, config)
+        if config.has_coded_embeddings:
+            code_embeddings(model, config.embedding_bits, dense_rows)
 
     monkeypatch.setattr(quantize_model, "quantize_blocks_", quantize_blocks_)
     return calls

@@ -5,13 +5,16 @@ import transformers
 from tiny import SIZES, random_weight
 
 from crvq_hf import CRVQConfig
-from crvq_hf.modeling.embedding import quantize_embeddings_
+from crvq_hf.modeling.embedding import distinct_tables, find_embeddings, quantize_embeddings_
 from crvq_hf.modeling.replace import (
     linear_size,
     quantizable_linears,
     set_quantized_,
     unfuse_experts_to_quantize_,
 )
+from crvq_hf.modeling.table import TableShape
+from crvq_hf.modeling.table_fit import fit_table
+from crvq_hf.pipeline.tables import place_table_
 from crvq_hf.quantizer import CRVQQuantizer
 
 MOE = SIZES | {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -43,6 +46,14 @@ def quantize_randomly(model, tokenizer, config) -> None:
         set_quantized_(model, name, random_weight(config.layer_shape(*linear_size(dense))))
 
 
+def code_embeddings(model, bits, leave=()):
+    """Does what `crvq_hf.pipeline.tables.code_embeddings_` does, without a calibration text."""
+    for names, weight in distinct_tables(model, find_embeddings(model, bits, leave) if bits < 8 else {}).items():
+        shape, metric = TableShape(*weight.shape, bits), torch.eye(weight.shape[1])
+        table, _ = fit_table(weight.float(), metric, torch.arange(5), shape, torch.Generator().manual_seed(0))
+        place_table_(model, names, table.tensors())
+
+
 def quantized_model(architecture: str, *, embedding_bits: int = 8, dtype: torch.dtype = torch.float32, **changes):
     """Returns a model with random codes, always the same ones, as transformers would have loaded it."""
     torch.manual_seed(0)
@@ -52,5 +63,6 @@ def quantized_model(architecture: str, *, embedding_bits: int = 8, dtype: torch.
     quantize_randomly(model, None, config)
     if embedding_bits == 8:
         quantize_embeddings_(model)
+    code_embeddings(model, embedding_bits)
     CRVQQuantizer(config, pre_quantized=True).attach(model)
     return model.eval()

@@ -20,6 +20,7 @@ ACCEPTED = {
     "quantizer_package": ["crvq-hf"],
     "format_version": [1, 3],
     "bits": [None, 1, 1.1, 4.0],
+    "fit": [None, 1, 4 * 10**9],
     "in_group_size": [4, 8, 16],
     "nbits_per_codebook": [4, 8, 12],
     "num_extended_codebooks": [0, 7],
@@ -30,7 +31,7 @@ ACCEPTED = {
     "nsamples": [1, 4096],
     "seqlen": [1, 4096],
     "seed": [0, 2**40],
-    "embedding_bits": [8, 16],
+    "embedding_bits": [2, 2.5, 3, 4, 6, 8, 16],
     "block_finetune_epochs": [0, 9],
     "e2e_finetune_epochs": [0, 9],
     "e2e_nsamples": [0, 1, 4096],
@@ -43,8 +44,9 @@ ACCEPTED = {
 REJECTED = {
     "quant_method": ["gptq", None],
     "quantizer_package": ["other", None],
-    "format_version": [0, 4, "1", 1.0, None, True],
+    "format_version": [0, 5, "1", 1.0, None, True],
     "bits": [0.4, 9, "1.1", float("nan"), True],
+    "fit": [0, -1, "", "4 parsecs", "40Mbit", "40M", "MB", "-4GB", "4,5GB", "1e99", float("nan"), True, [1]],
     "in_group_size": [0, 2, 32, "8", None, True],
     "nbits_per_codebook": [3, 13, 8.0, "8", None, True],
     "num_extended_codebooks": [-1, 8, 1.5, None, False],
@@ -55,7 +57,7 @@ REJECTED = {
     "nsamples": [0, -1, 1.0, None, True],
     "seqlen": [0, -1, 2.0, None],
     "seed": [-1, 0.5, None],
-    "embedding_bits": [4, 32, "8", None, True],
+    "embedding_bits": [5, 1, 32, "8", None, True],
     "block_finetune_epochs": [-1, 0.5, None, True],
     "e2e_finetune_epochs": [-1, 0.5, None, True],
     "e2e_nsamples": [-1, 1.0, None, True],
@@ -112,7 +114,7 @@ def test_unknown_field_names_the_closest(name, closest):
 
 
 def test_unknown_version_is_reported_before_its_unknown_fields():
-    with pytest.raises(ValueError, match="format_version 7.*only format_version 1, 2 and 3"):
+    with pytest.raises(ValueError, match="format_version 7.*only format_version 1, 2, 3 and 4"):
         CRVQConfig(format_version=7, something_new=1)
 
 
@@ -124,7 +126,7 @@ stored_fields = {
     "dataset": st.none() | st.lists(st.text(), min_size=1),
     "modules_to_not_convert": st.none() | st.lists(st.sampled_from(["lm_head", "up_proj"])),
     "seed": st.integers(0, 2**62),
-    "embedding_bits": st.sampled_from([8, 16]),
+    "embedding_bits": st.sampled_from([2, 2.5, 8, 16]),
     "codebook_bits": st.sampled_from([8, 16]),
 }
 
@@ -142,7 +144,7 @@ def test_runtime_fields_are_not_stored():
     config = CRVQConfig(tokenizer=object(), device=torch.device("cpu"), work_dir="w", dequantize=True)
     assert not {"tokenizer", "device", "work_dir", "dequantize"} & set(config.to_dict())
     assert CRVQConfig.from_dict(config.to_dict()) == CRVQConfig()
-    assert set(config.to_dict()) | {"bits"} == {n for n, field in FIELDS.items() if field.metadata["stored"]}
+    assert set(config.to_dict()) | {"bits", "fit"} == {n for n, field in FIELDS.items() if field.metadata["stored"]}
 
 
 def test_format_version_is_the_oldest_that_can_hold_it():
@@ -155,7 +157,12 @@ def test_format_version_is_the_oldest_that_can_hold_it():
     assert CRVQConfig.from_dict(CRVQConfig(codebook_bits=16).to_dict(), embedding_bits=8) == config
     config.codebook_bits = 8
     assert config.to_dict()["codebook_bits"] == 8 and config.to_dict()["format_version"] == 3
-    config.embedding_bits = 16
+    config.embedding_bits = 2.5
+    assert config.to_dict()["embedding_bits"] == 2.5 and config.to_dict()["format_version"] == 4
+    assert CRVQConfig.from_dict(config.to_dict()) == config
+    config.codebook_bits = 16
+    assert config.to_dict()["codebook_bits"] == 16 and config.to_dict()["format_version"] == 4
+    config.codebook_bits, config.embedding_bits = 8, 16
     assert config.format_version == 3 and config == CRVQConfig()
 
 

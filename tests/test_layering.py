@@ -26,6 +26,7 @@ ROOMS = {
     "crvq_hf": [
         "algorithm",
         "quantized_weight",
+        "dataset",
         "config",
         "blocks",
         "modeling",

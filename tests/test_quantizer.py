@@ -57,7 +57,7 @@ def test_the_pipeline_sees_a_dense_model_in_evaluation_mode(dense, monkeypatch):
     reference = AutoModelForCausalLM.from_pretrained(dense)
     seen = {}
 
-    def look(model, tokenizer, config, samples):
+    def look(model, tokenizer, config, samples, dense_rows):
         seen.update({name: tensor.clone() for name, tensor in model.state_dict().items()}, training=model.training)
 
     monkeypatch.setattr("crvq_hf.pipeline.quantize_model.quantize_blocks_", look)

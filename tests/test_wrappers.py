@@ -70,7 +70,7 @@ OFFLOADS = {
 }
 
 
-@pytest.mark.parametrize("embedding_bits", [16, 8])
+@pytest.mark.parametrize("embedding_bits", [16, 8, 2.5])
 @pytest.mark.parametrize("offload", OFFLOADS.values(), ids=OFFLOADS.keys())
 def test_tensors_that_are_brought_for_each_forward(tokens, tmp_path, offload, embedding_bits):
     model = random_model(embedding_bits=embedding_bits)

@@ -101,8 +101,9 @@ def equal_state(first, second) -> bool:
 def random_model(seed: int = 0, embedding_bits: int = 16):
     """Returns a Llama of one block, all its linears random CRVQ layers, as it is after loading.
 
-    With 8-bit embeddings they are tied.
+    Quantized embeddings are tied.
     """
+    from random_models import code_embeddings
     from tiny import random_weight, tiny_model
 
     from crvq_hf import CRVQConfig
@@ -111,12 +112,13 @@ def random_model(seed: int = 0, embedding_bits: int = 16):
     from crvq_hf.quantizer import CRVQQuantizer
 
     sizes = {"hidden_size": 576, "intermediate_size": 1024, "num_hidden_layers": 1, "initializer_range": 0.02}
-    model = tiny_model(**sizes, tie_word_embeddings=embedding_bits == 8)
+    model = tiny_model(**sizes, tie_word_embeddings=embedding_bits <= 8)
     torch.manual_seed(seed)
     config = CRVQConfig(dataset=None, nbits_per_codebook=6, embedding_bits=embedding_bits)
     for name, dense in quantizable_linears(model, config)[0].items():
         set_quantized_(model, name, random_weight(config.layer_shape(*linear_size(dense))))
     if embedding_bits == 8:
         quantize_embeddings_(model)
+    code_embeddings(model, embedding_bits)
     CRVQQuantizer(config, pre_quantized=True).attach(model)
     return model

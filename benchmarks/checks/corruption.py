@@ -30,6 +30,7 @@ from crvq_hf.checkpoint.verify import verify  # noqa: E402
 from ..common.commands import command_line, from_tests  # noqa: E402
 from ..common.rows import aligned  # noqa: E402
 
+KINDS = ("whole", "sharded", "coded")  # of checkpoints that are damaged
 SECONDS = 60  # a load or check that takes longer hangs
 # Errors that tell a user what is wrong. Others, a KeyError inside transformers say, count only if `verify` is clear.
 CLEAR = (ValueError, OSError, RuntimeError, SafetensorError)
@@ -37,11 +38,11 @@ UNCLEAR = (json.JSONDecodeError, UnicodeError)  # ValueErrors, but they do not s
 
 
 def save_models(folder: Path) -> dict[str, Path]:
-    """Saves a checkpoint in one file, one in shards with 8-bit embeddings, and another of the same shapes."""
+    """Saves a checkpoint in one file, in shards one with 8-bit and one with 2.5-bit embeddings, and another of 8."""
     folders, tiny_model = {}, from_tests("tiny").tiny_model
-    for name, seed, bits in (("whole", 0, 16), ("sharded", 0, 8), ("other", 1, 8)):
+    for name, seed, bits in (("whole", 0, 16), ("sharded", 0, 8), ("coded", 0, 2.5), ("other", 1, 8)):
         config = CRVQConfig(dataset=None, embedding_bits=bits, seed=seed, work_dir=folder / f"{name}.work")
-        model = quantize_model(tiny_model(tie_word_embeddings=bits == 8), config=config)
+        model = quantize_model(tiny_model(tie_word_embeddings=bits <= 8), config=config)
         folders[name] = folder / name
         model.save_pretrained(folders[name], max_shard_size="1GB" if name == "whole" else "16KB")
     return folders
@@ -215,13 +216,13 @@ def main(arguments: list[str]) -> int:
     counts: dict[str, Counter] = {way.__name__: Counter() for way in WAYS}
     with tempfile.TemporaryDirectory() as name:
         folders = save_models(Path(name))
-        expected = {kind: load(folders[kind]) for kind in ("whole", "sharded")}
+        expected = {kind: load(folders[kind]) for kind in KINDS}
         for kind in expected:
             if verify(folders[kind]).problems or load(folders[kind]) != expected[kind]:
                 raise SystemExit("An undamaged checkpoint is not found whole.")
         for number in range(args.copies):
             rng = random.Random(f"{args.seed}:{number}")
-            kind, way = ("whole", "sharded")[number % 2], WAYS[number // 2 % len(WAYS)]
+            kind, way = KINDS[number % len(KINDS)], WAYS[number // len(KINDS) % len(WAYS)]
             copy = shutil.copytree(folders[kind], Path(name) / "copy")
             way(copy, rng, folders)
             signal.alarm(SECONDS)

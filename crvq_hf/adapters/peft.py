@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter
 
 from ..modeling.counting import QUANTIZED, uncounted
-from ..modeling.embedding import Int8Embedding, Int8Head
+from ..modeling.embedding import CodedEmbedding, CodedHead, Int8Embedding, Int8Head
 from ..modeling.experts import UnfusedExperts
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import to_dense
+from ..modeling.row_modules import RowEmbedding
 from .dense_weight import DenseWeight, WeightIsFrozen
 
 _moving: ContextVar[bool] = ContextVar("moving", default=False)  # tensors, which accelerate finds as attributes
@@ -63,8 +64,12 @@ class AdaptedHead(_ShowsDense, Int8Head):
     """An `Int8Head` that adapters may stand around."""
 
 
-class AdaptedEmbedding(_ShowsDense, Int8Embedding):
-    """An `Int8Embedding` that adapters may stand around."""
+class AdaptedCodedHead(_ShowsDense, CodedHead):
+    """A `CodedHead` that adapters may stand around."""
+
+
+class _ShowsScale(_ShowsDense):
+    """Shows what an embedding multiplies by, too."""
 
     @property
     def embed_scale(self) -> float:
@@ -73,7 +78,21 @@ class AdaptedEmbedding(_ShowsDense, Int8Embedding):
         return self.dense.scalar_embed_scale if isinstance(scale, Tensor) else scale
 
 
-ADAPTED = {CRVQLinear: AdaptedLinear, Int8Head: AdaptedHead, Int8Embedding: AdaptedEmbedding}
+class AdaptedEmbedding(_ShowsScale, Int8Embedding):
+    """An `Int8Embedding` that adapters may stand around."""
+
+
+class AdaptedCodedEmbedding(_ShowsScale, CodedEmbedding):
+    """A `CodedEmbedding` that adapters may stand around."""
+
+
+ADAPTED = {
+    CRVQLinear: AdaptedLinear,
+    Int8Head: AdaptedHead,
+    Int8Embedding: AdaptedEmbedding,
+    CodedHead: AdaptedCodedHead,
+    CodedEmbedding: AdaptedCodedEmbedding,
+}
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:
@@ -129,7 +148,7 @@ def _find(find: Callable, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _embed(set_up: Callable, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stands around `PeftModel._setup_prompt_encoder`, which takes the first parameter with a row for each token for
     the embedding's weight: that comes first for a while."""
-    embeddings = [module for module in self.base_model.modules() if isinstance(module, Int8Embedding)]
+    embeddings = [module for module in self.base_model.modules() if isinstance(module, RowEmbedding)]
     before = [embedding._parameters for embedding in embeddings]
     for embedding in embeddings:
         embedding._parameters = {"weight": embedding.packed} | embedding._parameters

@@ -69,7 +69,7 @@ def fit_weight(
     hessian = damped(hessian, DAMPING)
     order = _rank_channels(weight, hessian, d, codebook_size, importance, generator)
     weight, hessian = weight[:, order], hessian[order][:, order]
-    scales = _row_scales(weight)
+    scales = row_scales(weight)
     vectors = (weight / scales[:, None]).view(len(weight), -1, d)
     metrics, row_weight = group_metrics(hessian, d), scales.square()
 
@@ -109,7 +109,7 @@ def refine_(fit: LayerFit) -> None:
             break
 
 
-def _row_scales(weight: Tensor) -> Tensor:
+def row_scales(weight: Tensor) -> Tensor:
     """Returns `[N]`, the root mean square of every row; 1 for a row of zeros."""
     rms = weight.square().mean(1).sqrt()
     return torch.where(rms > 0, rms, torch.ones_like(rms))
@@ -121,7 +121,7 @@ def _rank_channels(
     """Returns the channel order by importance, from a quantization with one plain codebook (CRVQ section 3.1)."""
     residual = weight
     if rule == "weight_activation":
-        scales = _row_scales(weight)
+        scales = row_scales(weight)
         vectors = (weight / scales[:, None]).view(len(weight), -1, d)
         plain = torch.eye(d, dtype=weight.dtype, device=weight.device).expand(vectors.shape[1], d, d)
         book = kmeans(vectors, plain, scales.square(), codebook_size, RANKING_KMEANS_ITERATIONS, generator)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..dataset.sound import SOUND
 from .finding import find_block_lists, named_blocks
 from .runner import Arguments, BlockRunner, Inputs, Leaf, State, placed, replaced_forwards, run_on
 from .trees import hidden_of, map_tensors, tensors_of
 
 logger = logging.getLogger("crvq")
 
-SOUND = ("input_features", "input_values")  # what models that hear call what they hear
 _SEQLEN = 8
 _TOLERANCE = 1e-2  # relative; the same operations on the same numbers, so what differs at all differs by far more
 

@@ -46,7 +46,7 @@ class Breakdown:
         per_cell: layers of one kind in one block at most; more than 1 for experts.
         block_bits: bits per weight by part, `[blocks]` each.
         quantized_bytes: bytes of the quantized layers by part, exact to the bit.
-        embedding_bytes: bytes of embeddings and heads in 8 bits, their scales counted; 0 where they are dense.
+        embedding_bytes: bytes of embeddings and heads that are quantized; 0 where they are dense.
         dense_bytes: bytes of all other tensors by a short name, the largest first.
         file_bytes: bytes of the safetensors files.
     """

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import CRVQConfig
-from ..modeling.embedding import ROW_SCALE
+from ..config import ROW_BITS, CRVQConfig
+from ..modeling.table import BASIS, GROUP, ROW_SCALE, TABLE_NAMES, TableShape
 from ..quantized_weight import TENSOR_NAMES
 
 COMPANION_NAMES = TENSOR_NAMES[1:]
@@ -113,18 +113,36 @@ def quantized_modules(tensors: Iterable[str]) -> list[str]:
 
 
 def embedding_modules(tensors: Iterable[str]) -> list[str]:
-    """Returns the names of the embeddings and heads that are stored in 8 bits, in the order they come."""
+    """Returns the names of the embeddings and heads that are stored as quantized rows, in the order they come."""
     return [name.removesuffix(f".{ROW_SCALE}") for name in tensors if name.endswith(f".{ROW_SCALE}")]
 
 
 def embedding_bytes(tensors: dict[str, TensorInfo]) -> int:
-    """Returns the stored bytes of the embeddings and heads in 8 bits, their scales counted.
+    """Returns the stored bytes of the embeddings and heads that are quantized, all of their tensors counted.
 
     Raises:
         ValueError: one lacks its weight.
     """
-    names = [f"{module}.{name}" for module in embedding_modules(tensors) for name in ("weight", ROW_SCALE)]
-    return sum(_require(tensors, name).nbytes for name in names)
+    parts = {module: embedding_tensors(tensors, module) for module in embedding_modules(tensors)}
+    return sum(_require(tensors, f"{module}.{name}").nbytes for module, names in parts.items() for name in names)
+
+
+def embedding_tensors(tensors: dict[str, TensorInfo], module: str) -> tuple[str, ...]:
+    """Returns the names that the tensors of a quantized embedding or head have in it."""
+    return TABLE_NAMES if f"{module}.{BASIS}" in tensors else ("weight", ROW_SCALE)
+
+
+def embedding_shape(tensors: dict[str, TensorInfo], module: str) -> tuple[int, int]:
+    """Returns `[V, K]`, the shape of the dense weight of a quantized embedding or head.
+
+    Raises:
+        ValueError: a tensor is missing, or of another number of dimensions.
+    """
+    weight, basis = _require(tensors, f"{module}.weight"), tensors.get(f"{module}.{BASIS}")
+    shape = (*weight.shape[:1], *(weight if basis is None else basis).shape[-1:])
+    if len(weight.shape) != 2 or len(shape) != 2 or 0 in shape:
+        raise ValueError(f"The checkpoint has {module}.weight of shape {list(weight.shape)}, expected [V, H].")
+    return shape
 
 
 def layer_sizes(tensors: dict[str, TensorInfo]) -> dict[str, LayerSize]:
@@ -157,18 +175,22 @@ def bits_per_weight(tensors: dict[str, TensorInfo]) -> float:
 
 
 def check_embeddings(tensors: dict[str, TensorInfo], config: CRVQConfig) -> None:
-    """Checks that the checkpoint has 8-bit embeddings if its config says so, and that they fit together.
+    """Checks that the checkpoint has quantized embeddings if its config says so, and that they fit together.
 
     Raises:
         ValueError: tensors and config contradict each other, or a tensor is missing.
     """
     stored = embedding_modules(tensors)
-    if bool(stored) != (config.embedding_bits == 8):
+    coded = [module for module in stored if f"{module}.{BASIS}" in tensors]
+    if bool(stored) != (config.embedding_bits <= ROW_BITS) or bool(coded) != config.has_coded_embeddings:
         raise ValueError(
             f"The checkpoint contradicts its config: embedding_bits is {config.embedding_bits}, "
-            f"8-bit rows are stored for {', '.join(stored) or 'nothing'}; download or save it again."
+            f"{'rows of codes' if coded else '8-bit rows'} are stored for {', '.join(stored) or 'nothing'}; download "
+            "or save it again."
         )
-    for module in stored:
+    for module in coded:
+        _check_table(tensors, module, config.embedding_bits)
+    for module in stored if not coded else ():
         weight, scales = _require(tensors, f"{module}.weight"), tensors[f"{module}.{ROW_SCALE}"]
         is_float = scales.dtype in ("F16", "BF16", "F32")  # in the model's dtype if saved from an offloaded model
         if weight.dtype != "I8" or not is_float or scales.shape != weight.shape[:1] or len(weight.shape) != 2:
@@ -176,6 +198,21 @@ def check_embeddings(tensors: dict[str, TensorInfo], config: CRVQConfig) -> None
                 f"The shapes in the checkpoint contradict its config: {module}.weight is {weight.dtype} "
                 f"{list(weight.shape)}, {module}.{ROW_SCALE} is {scales.dtype} {list(scales.shape)}, "
                 "expected I8 [V, H] and F16 [V]."
+            )
+
+
+def _check_table(tensors: dict[str, TensorInfo], module: str, bits: float) -> None:
+    """Raises ValueError unless the tensors of an embedding or a head are those of a table of these bits."""
+    num_rows, num_channels = embedding_shape(tensors, module)
+    if num_channels % GROUP:
+        raise ValueError(f"The checkpoint has codes for {module}, whose {num_channels} channels cannot have any.")
+    for name, (shape, dtype) in TableShape(num_rows, num_channels, bits).tensors().items():
+        found = _require(tensors, f"{module}.{name}")
+        fits = found.dtype in ("F16", "BF16", "F32") if dtype.is_floating_point else DTYPES.get(found.dtype) == dtype
+        if found.shape != shape or not fits:
+            raise ValueError(
+                f"The shapes in the checkpoint contradict its config: {module}.{name} is {found.dtype} "
+                f"{list(found.shape)}, expected {_dtype_name(dtype)} {list(shape)}."
             )
 
 

@@ -11,9 +11,16 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from ..config import QUANT_METHOD, CRVQConfig
-from ..modeling.embedding import ROW_SCALE
 from ..quantized_weight import TENSOR_NAMES
-from .headers import TensorInfo, bits_per_weight, embedding_modules, layer_sizes, read_headers
+from .headers import (
+    TensorInfo,
+    bits_per_weight,
+    embedding_modules,
+    embedding_shape,
+    embedding_tensors,
+    layer_sizes,
+    read_headers,
+)
 
 _BLOCK = re.compile(r"(.*?\.|)\d+\.")  # the list of blocks that a name leads into
 
@@ -40,9 +47,10 @@ class CheckpointInfo:
 
     @property
     def dense(self) -> dict[str, TensorInfo]:
-        """The tensors that are not part of a quantized weight or 8-bit embedding; biases are among them."""
+        """The tensors that are not part of a quantized weight or embedding; biases are among them."""
+        parts = embedding_modules(self.tensors)
         inside = {f"{layer}.{name}" for layer in self.layers for name in TENSOR_NAMES}
-        inside |= {f"{part}.{name}" for part in embedding_modules(self.tensors) for name in ("weight", ROW_SCALE)}
+        inside |= {f"{part}.{name}" for part in parts for name in embedding_tensors(self.tensors, part)}
         return {name: tensor for name, tensor in self.tensors.items() if name not in inside}
 
     @property
@@ -61,7 +69,7 @@ class CheckpointInfo:
         dense = {name: math.prod(tensor.shape) for name, tensor in self.dense.items() if len(tensor.shape) > 1}
         inside = [count for name, count in dense.items() if (match := _BLOCK.match(name)) and match[1] in prefixes]
         quantized = sum(layer.num_weights for layer in layers.values())
-        rows = sum(math.prod(self.tensors[f"{part}.weight"].shape) for part in embedding_modules(self.tensors))
+        rows = sum(math.prod(embedding_shape(self.tensors, part)) for part in embedding_modules(self.tensors))
         return _share(sum(inside), quantized), _share(sum(dense.values()), quantized + rows)
 
     @property

@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from ..config import QUANT_METHOD, CRVQConfig
-from ..modeling.embedding import ROW_SCALE, Int8Embedding, Int8Head
+from ..modeling.embedding import ROW_SCALE, CodedEmbedding, CodedHead, Rows
 from ..modeling.experts import find_fused_experts, unfuse_experts_
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import linear_size
@@ -32,7 +32,7 @@ logger = logging.getLogger("crvq")
 
 
 def match_checkpoint(model: PreTrainedModel, files: list[str], config: CRVQConfig) -> tuple[list[str], list[str]]:
-    """Returns the layers that the checkpoint has codes for and the embeddings and heads that it has in 8 bits.
+    """Returns the layers that the checkpoint has codes for and the embeddings and heads that it has as quantized rows.
 
     Named as in `model`, their shapes checked. Experts which the checkpoint has one by one are unfused.
     """
@@ -119,13 +119,13 @@ def _resolve(name: str, known: Container[str], prefix: str) -> str | None:
 
 
 def check_loaded(model: PreTrainedModel) -> None:
-    """Checks that every CRVQ and 8-bit tensor was loaded and is sound, and switches gradients off.
+    """Checks that every CRVQ tensor was loaded and is sound, and switches gradients off.
 
     Raises:
         ValueError: a tensor was not in the checkpoint, or holds values that cannot be.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, (CRVQLinear, Int8Embedding, Int8Head)):
+        if not isinstance(module, (CRVQLinear, Rows)):
             continue
         module.requires_grad_(False)
         parameters = dict(module.named_parameters(recurse=False))
@@ -136,5 +136,7 @@ def check_loaded(model: PreTrainedModel) -> None:
                 raise ValueError(f"The checkpoint lacks the tensor {name}.{key}; it is incomplete.")
         if isinstance(module, CRVQLinear):
             module.quantized_weight().check(name)
+        elif isinstance(module, (CodedEmbedding, CodedHead)):
+            module.table().check(name)
         elif not module.weight_row_scale.isfinite().all():
             raise ValueError(f"{name}.{ROW_SCALE} holds NaN or infinite values; the checkpoint is damaged.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..config import QUANT_METHOD, CRVQConfig
-from ..modeling.embedding import ROW_SCALE
+from ..modeling.table import ROW_SCALE, TABLE_NAMES, Table
 from ..quantized_weight import TENSOR_NAMES, QuantizedWeight
 from .headers import (
     TensorInfo,
@@ -215,6 +215,11 @@ def _layer_problems(files: list[Path], tensors: dict[str, TensorInfo], config: C
         except ValueError as error:
             problems.append(str(error))
     for module in embedding_modules(tensors):
-        if not tensor(f"{module}.{ROW_SCALE}").isfinite().all():
+        if config.has_coded_embeddings:
+            try:
+                Table.from_tensors({name: tensor(f"{module}.{name}") for name in TABLE_NAMES}).check(module)
+            except ValueError as error:
+                problems.append(str(error))
+        elif not tensor(f"{module}.{ROW_SCALE}").isfinite().all():
             problems.append(f"{module}.{ROW_SCALE} holds NaN or infinite values; the checkpoint is damaged.")
     return problems

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..checkpoint.planned import Beside, bytes_in
 from ..checkpoint.sources import OF_THE_MODEL, check_source, load_dense, source_hash
 from ..config import CRVQConfig
 from ..modeling.replace import linear_size, quantizable_linears
@@ -25,7 +27,16 @@ from ..resources import distributed
 from ..resources.workfolder import FINGERPRINT, flush, is_full_disk, is_work_folder, remove_folder
 from ..selection.budget import within_budget
 from ..sharing.hub import licence_in
-from ..sharing.report import REPORT, UNFINISHED, command_digest, command_of, draw_if_possible, save_report, shareable
+from ..sharing.report import (
+    REPORT,
+    UNFINISHED,
+    command_digest,
+    command_of,
+    draw_if_possible,
+    most_bytes,
+    save_report,
+    shareable,
+)
 
 logger = logging.getLogger("crvq")
 
@@ -98,7 +109,9 @@ def convert(
     _check_space(model, config, places.folder)
     is_new = not work.exists()
     try:
-        quantize_model(model, tokenizer if config.tokenizer is None else None, config, options)
+        own = tokenizer if config.tokenizer is None else None
+        counted = {} if config.fit is None else {"beside": _beside(tokenizer)}
+        quantize_model(model, own, config, options, **counted)
     except BaseException as error:
         # Nothing in it is worth keeping.
         if distributed.rank() == 0 and is_new and not (work / "calibration.safetensors").exists():
@@ -239,12 +252,16 @@ def _check_writable(folder: Path) -> None:
 
 def _check_space(model: PreTrainedModel, config: CRVQConfig, folder: Path) -> None:
     """Raises ValueError if the disk cannot hold the quantized layers twice (work folder, result) and the rest once."""
-    config = within_budget(config, map(linear_size, quantizable_linears(model, config)[0].values()))
-    linears, _ = quantizable_linears(model, config)
-    quantized = sum(config.layer_shape(*linear_size(module)).nbytes for module in linears.values())
-    inside = {id(module.weight) for module in linears.values()}
-    rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
-    needed, free = 2 * quantized + rest, shutil.disk_usage(folder).free
+    if config.fit is not None:
+        needed = 2 * min(config.fit, sum(parameter.nbytes for parameter in model.parameters()))
+    else:
+        config = within_budget(config, map(linear_size, quantizable_linears(model, config)[0].values()))
+        linears, _ = quantizable_linears(model, config)
+        quantized = sum(config.layer_shape(*linear_size(module)).nbytes for module in linears.values())
+        inside = {id(module.weight) for module in linears.values()}
+        rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
+        needed = 2 * quantized + rest
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
             f"{folder} has {free / 1e6:.0f} MB of free space, the result and the work folder need "
@@ -263,9 +280,7 @@ def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], places
     try:
         (unfinished / _UNFINISHED).touch()
         model.save_pretrained(unfinished)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
-            _remove_indentation(unfinished / "tokenizer.json")
+        _save_tokenizer(tokenizer, unfinished)
         save_report(unfinished, report)
         for path in (*unfinished.rglob("*"), unfinished):
             flush(path)
@@ -277,6 +292,18 @@ def _save(model: PreTrainedModel, tokenizer: Any, report: dict[str, Any], places
         raise
     if places.is_inside:
         _move_files(unfinished, out)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        _remove_indentation(folder / "tokenizer.json")
+
+
+def _beside(tokenizer: Any) -> Beside:
+    """Returns what says the bytes of the files that a result has beside the model."""
+    nbytes = bytes_in(partial(_save_tokenizer, tokenizer))
+    return lambda layers: {"tokenizer": nbytes, "report": most_bytes(layers)}
 
 
 def _move_files(folder: Path, out: Path) -> None:

@@ -1,13 +1,14 @@
 """`crvq info`: sizes, shapes and bits of a checkpoint, from its headers."""
 
 import argparse
+import math
 import re
 
-from ..checkpoint.headers import TensorInfo, embedding_bytes, embedding_modules
+from ..checkpoint.headers import TensorInfo, embedding_bytes, embedding_modules, embedding_shape
 from ..checkpoint.info import CheckpointInfo, read_info
 from ..checkpoint.sources import check_source
 from ..config import CRVQConfig
-from ..modeling.embedding import ROW_SCALE
+from ..modeling.table import ROWS
 from ..sharing.text import format_table, megabytes
 
 HELP = "sizes, shapes and bits of a checkpoint, from its headers"
@@ -59,14 +60,19 @@ def _method(config: CRVQConfig) -> str:
 
 
 def _embedding_rows(info: CheckpointInfo) -> list[str]:
-    """Returns a line on the embeddings in 8 bits, none where they are dense."""
+    """Returns a line on the embeddings that are quantized, none where they are dense."""
     parts = embedding_modules(info.tensors)
     if not parts:
         return []
-    nbytes, rows = embedding_bytes(info.tensors), sum(info.tensors[f"{part}.{ROW_SCALE}"].shape[0] for part in parts)
+    nbytes, shapes = embedding_bytes(info.tensors), [embedding_shape(info.tensors, part) for part in parts]
+    rows, weights = sum(rows for rows, _ in shapes), sum(rows * channels for rows, channels in shapes)
+    what = "int8 rows and a float16 scale for each"
+    if info.crvq.has_coded_embeddings:
+        frequent = sum(math.prod(info.tensors[f"{part}.{ROWS}"].shape) for part in parts)
+        what = f"{8 * nbytes / weights:.3f} bits per weight, finer ones for {frequent:,} rows of frequent tokens"
     return [
-        f"{'embeddings':<15} {' and '.join(parts)} in 8 bits, {rows:,} rows, {megabytes(nbytes)} ({nbytes:,} bytes: "
-        "int8 rows and a float16 scale for each)"
+        f"{'embeddings':<15} {' and '.join(parts)} in {info.crvq.embedding_bits:g} bits, {rows:,} rows, "
+        f"{megabytes(nbytes)} ({nbytes:,} bytes: {what})"
     ]
 
 

@@ -10,6 +10,7 @@ NOT_OPTIONS = ("quant_method", "quantizer_package", "format_version", "dequantiz
 GROUPS = {
     "method": (
         "bits",
+        "fit",
         "in_group_size",
         "nbits_per_codebook",
         "num_extended_codebooks",
@@ -67,11 +68,15 @@ def _option(field: dataclasses.Field) -> dict[str, Any]:
     if field.default is not None:
         options["help"] += f" (default: {field.default})"
     if isinstance(field.default, (int, float)):
-        options |= {"type": type(field.default), "metavar": "N" if isinstance(field.default, int) else "X"}
+        kind = float if field.type == "float" else type(field.default)
+        options |= {"type": kind, "metavar": "N" if kind is int else "X"}
     elif field.name == "bits":
         options |= {"type": float, "metavar": "X"}
+    elif field.name == "fit":
+        options |= {"metavar": "SIZE"}
     elif field.name == "dataset":  # the one field that takes other values here than in Python
-        sources = "'self' (written by the model), 'wikitext2', 'c4', FILE, FILE:FIELD of a table, or 'none'"
+        sources = "'self' (written by the model), 'wikitext2', 'c4', FILE, FILE:FIELD of a table, NAME:FIELD or "
+        sources += "NAME:CONFIG:SPLIT:FIELD of the hub, a mixture of these such as FILE:0.7,FILE:0.3, or 'none'"
         sound = "for a model that hears, a folder of sound files (NAME.wav; what is said, if known, in NAME.txt)"
         options |= {"metavar": "TEXT", "help": f"calibration text: {sources}; {sound} (default: {field.default})"}
     elif field.type.startswith("list["):

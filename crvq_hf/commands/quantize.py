@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
     if distributed.rank():
         return
     print(summary(report))
-    print(f"{'checkpoint':<18} {megabytes(read_info(args.out).nbytes)} in {args.out}")
+    wished = "" if config.fit is None else f" of {megabytes(config.fit)} to fit in,"
+    print(f"{'checkpoint':<18} {megabytes(read_info(args.out).nbytes)}{wished} in {args.out}")
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from ..config import split_field
+from ..dataset.grammar import split_field
 from ..pipeline.text import check_tokens, first_tokens, longest_text, read_text
 
 SEQLEN = 2048  # tokens per window where the model, and the text, have so many
@@ -56,7 +56,7 @@ def read_text_tokens(tokenizer: Any, path: str | os.PathLike, most: int | None =
     """
     path = os.fspath(path)
     check_text(path)
-    tokens = first_tokens(tokenizer, read_text(path), most)
+    tokens = first_tokens(tokenizer, read_text(path, tokenizer), most)
     if not len(tokens):
         raise ValueError(f"The text {path} is empty; give a file with text in it.")
     return tokens

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 
-from .embedding import ROW_SCALE, Int8Embedding, Int8Head
+from .embedding import Rows
 from .linear import CRVQLinear
 
-QUANTIZED = (CRVQLinear, Int8Embedding, Int8Head)
+QUANTIZED = (CRVQLinear, Rows)
 
 
-def uncounted(model: nn.Module) -> int:
-    """Returns the number of weights in quantized layers less the number of elements that store them."""
+def uncounted(model: nn.Module, exclude_embeddings: bool = False) -> int:
+    """Returns the number of weights in quantized layers less the number of elements that store them.
+
+    Args:
+        model: has the layers.
+        exclude_embeddings: whether the parameter `weight` of embeddings was left out of the count.
+    """
     stored: dict[int, int] = {}
     weights: dict[int, int] = {}  # by parameter: what is tied counts once
     for layer in model.modules():
         if isinstance(layer, CRVQLinear):
             weights[id(layer.packed)] = layer.in_features * layer.out_features
             stored |= {id(p): p.numel() for name, p in layer.named_parameters(recurse=False) if name != "bias"}
-        elif isinstance(layer, (Int8Embedding, Int8Head)):
-            scales = layer.get_parameter(ROW_SCALE)
-            stored[id(scales)] = scales.numel()
+        elif isinstance(layer, Rows):
+            numbers = {name: layer.get_parameter(name) for name in layer.companions}
+            stored |= {id(parameter): parameter.numel() for parameter in numbers.values()}
+            if not (exclude_embeddings and (isinstance(layer, nn.Embedding) or layer.tied)):
+                weights[id(layer.packed)] = math.prod(layer.dense_shape(numbers | {"weight": layer.packed}))
+                stored[id(layer.packed)] = layer.packed.numel()
     return sum(weights.values()) - sum(stored.values())
 
 
@@ -36,7 +45,7 @@ class CountsWeights:
         """Returns what the method of transformers would return for the dense model."""
         options: dict[str, Any] = {"only_trainable": only_trainable, "exclude_embeddings": exclude_embeddings}
         counted = type(self.model).num_parameters(self.model, **options)
-        return counted if only_trainable else counted + uncounted(self.model)
+        return counted if only_trainable else counted + uncounted(self.model, exclude_embeddings)
 
 
 def count_weights_(model: nn.Module) -> None:

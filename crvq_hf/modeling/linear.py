@@ -100,7 +100,7 @@ class CRVQLinear(nn.Linear):
 
         Layers whose tensors are brought for each forward by accelerate's hooks are left as they are stored.
         """
-        if not (self.packed.is_meta or _brings_tensors(getattr(self, "_hf_hook", None))):
+        if not (self.packed.is_meta or brings_tensors(getattr(self, "_hf_hook", None))):
             stored = crvq_kernels.prefers_int8_codebooks(self.packed.device) and self.codebook_bits == 8
             codebooks = self._stored_codebooks() if stored else decode_codebooks(self.weight_codebooks)
             self._put("weight_codebooks", codebooks)
@@ -308,7 +308,7 @@ class CRVQLinear(nn.Linear):
         )
 
 
-def _brings_tensors(hook: Any) -> bool:
+def brings_tensors(hook: Any) -> bool:
     """Returns whether a hook of accelerate brings a module's tensors for each forward and takes them away again."""
     return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))
 

@@ -28,7 +28,7 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
 
     Args:
         model: a transformers model; fused experts are not looked into, see `crvq_hf.experts`.
-        config: says the group size and which modules to leave alone. While its `bits` are yet to be spent, layers
+        config: says the group size and which modules to leave alone. While a budget is yet to be spent, layers
             that the finest groups fit are among the quantized.
 
     Returns:
@@ -43,7 +43,7 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
     in_float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
     in_float32 += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
 
-    multiple = config.in_group_size if config.bits is None else FINEST_GROUP
+    multiple = FINEST_GROUP if config.has_budget else config.in_group_size
     linears, skipped = {}, {}
     blocks = named_blocks(model).items()
     for name, module in chain.from_iterable(block.named_modules(prefix=path) for path, block in blocks):

@@ -1,4 +1,4 @@
-"""A model with embeddings in 8 bits refuses to change the number of its tokens."""
+"""A model with quantized embeddings refuses to change the number of its tokens."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from .embedding import Int8Embedding, Int8Head, parts_of
+from .embedding import Rows, parts_of
 
 
 class FixedVocabulary:
-    """Takes the place of a model's method `resize_token_embeddings` while its embeddings have 8 bits."""
+    """Takes the place of a model's method `resize_token_embeddings` while its embeddings are quantized."""
 
     def __init__(self, embedding: nn.Module) -> None:
         self.embedding = embedding
@@ -30,15 +30,15 @@ class FixedVocabulary:
             wanted = math.ceil(wanted / pad_to_multiple_of) * pad_to_multiple_of
         if wanted != size:
             raise ValueError(
-                f"Embeddings of 8 bits cannot be resized (from {size} tokens to {wanted}); call model.dequantize() "
+                f"Quantized embeddings cannot be resized (from {size} tokens to {wanted}); call model.dequantize() "
                 "first, or resize the dense model and quantize it again."
             )
         return self.embedding
 
 
 def fix_vocabulary_(model: nn.Module) -> None:
-    """Makes a model with 8-bit embeddings refuse to resize them, and one without able to again."""
-    is_fixed = any(isinstance(module, (Int8Embedding, Int8Head)) for module in model.modules())
+    """Makes a model with quantized embeddings refuse to resize them, and one without able to again."""
+    is_fixed = any(isinstance(module, Rows) for module in model.modules())
     for module in model.modules():
         if hasattr(module, "resize_token_embeddings"):
             module.__dict__.pop("resize_token_embeddings", None)

@@ -9,7 +9,7 @@ layers of a stage. All have the same blocks, those that one process alone would 
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -34,13 +34,16 @@ from .quantize_block import quantize_block_
 from .run import Run, check_finite
 from .samples import SHORT, completed
 from .streams import Samples, Stream, num_elements, share, start_streams
+from .tables import code_embeddings_
 
 logger = logging.getLogger("crvq")
 
 E2E_LEARNING_RATE = 2e-3  # found by measurement on SmolLM2-135M (benchmarks/LOG.md)
 
 
-def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig, samples: list[Inputs]) -> dict[str, Any]:
+def quantize_blocks_(
+    model: nn.Module, tokenizer: Any, config: CRVQConfig, samples: list[Inputs], dense_rows: Container[str] = ()
+) -> dict[str, Any]:
     """Quantizes the linears of a model's decoder blocks in place.
 
     Args:
@@ -48,10 +51,12 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig, sampl
         tokenizer: for calibration text; see `calibration_tokens`.
         config: see `CRVQConfig`. Without `work_dir`, finished blocks go to a folder under the Hugging Face cache.
         samples: to calibrate on instead of text, see `given_samples`; none for text.
+        dense_rows: names of an embedding and a head that have to stay dense.
 
     Returns:
         The report, JSON-able, also left at `model.crvq_report`: `bits_per_weight` (stored bits over the quantized
         layers, order counted), `layers` (`relative_error`, `bits_per_weight`, `seconds` by name), `seconds` by phase,
+        `tokens_per_second` (of text through all blocks, an epoch after the other, by phase that takes it there),
         `calibration_tokens` and `e2e_tokens` (how many were used before and in end-to-end fine-tuning; where the
         samples are no text, how many hidden states),
         `activation_bytes`, `peak_memory_bytes` (of several processes, of this one), `e2e_loss`.
@@ -85,6 +90,8 @@ def quantize_blocks_(model: nn.Module, tokenizer: Any, config: CRVQConfig, sampl
         run.timed("calibration", start)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
+            if config.has_coded_embeddings:
+                code_embeddings_(run, samples, tokenizer, dense_rows)
             report = _quantize(run, samples)
         work.finish()
         if config.work_dir is None:
@@ -118,11 +125,20 @@ def _quantize(run: Run, samples: Samples | None) -> dict[str, Any]:
         chosen = samples[: run.config.e2e_nsamples or None]
         e2e_tokens = _num_tokens(run, chosen)
         losses = _finetune_end_to_end(run, full.steps(len(share(chosen))))
+    calibration_tokens = 0 if samples is None else _num_tokens(run, samples[: run.config.nsamples])
+    passed = {
+        "hessians": calibration_tokens,
+        "block fine-tuning": run.config.block_finetune_epochs * calibration_tokens,
+        "end-to-end fine-tuning": run.config.e2e_finetune_epochs * e2e_tokens,
+    }
     return {
         "bits_per_weight": _bits(run),
         "layers": run.layers,
         "seconds": run.seconds,
-        "calibration_tokens": 0 if samples is None else _num_tokens(run, samples[: run.config.nsamples]),
+        "tokens_per_second": {
+            phase: tokens / run.seconds[phase] for phase, tokens in passed.items() if run.seconds.get(phase)
+        },
+        "calibration_tokens": calibration_tokens,
         "e2e_tokens": e2e_tokens,
         "activation_bytes": activation_bytes,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -178,7 +194,8 @@ def _advance(run: Run, index: int, full: Stream | None, quantized: Stream | None
     if full is not None and index not in run.runner.order:
         full = quantized = None  # text does not come here
     if full is not None:
-        _move_stream(run, index, full)
+        with run.full_precision():
+            _move_stream(run, index, full)
     saved = run.work.load(name)
     if saved is None:
         quantize_block_(run, index, quantized, full)
@@ -229,6 +246,8 @@ def _finetune_end_to_end(run: Run, states: list[State]) -> dict[str, float]:
     dtypes = dtypes_of(run.model)
     for module in run.model.children():  # the model itself refuses to be cast once it is quantized
         module.to(run.device, torch.float32)
+    for part in run.dense_parts.values():
+        part.to(run.device, torch.float32)
     losses, run.seconds["end-to-end fine-tuning"] = finetune_end_to_end_(
         run.runner,
         states,
@@ -236,6 +255,7 @@ def _finetune_end_to_end(run: Run, states: list[State]) -> dict[str, float]:
         peak=E2E_LEARNING_RATE,
         seed=run.config.seed,
         precision=run.precision,
+        full_precision=run.full_precision,
         work=run.work,
     )
     restore_dtypes_(run.model, dtypes)

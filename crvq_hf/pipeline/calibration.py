@@ -3,7 +3,7 @@
 import os
 import random
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy
@@ -13,15 +13,17 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoint.sources import load_tokenizer
-from ..config import CRVQConfig, has_samples, split_field
+from ..config import CRVQConfig
+from ..dataset.grammar import Source, has_samples, sources_of
+from ..dataset.sound import sound_files
 from ..resources import distributed
 from ..resources.device import compute_device
-from .sound import sound_files
-from .text import check_tokens, drawn_tokens, longest_text, read_text
+from .text import check_tokens, drawn_tokens, longest_text, read_text, streamed_tokens
 
-_HUB_DATASETS = ("wikitext2", "c4")
 # Sequences of end-to-end fine-tuning over `nsamples`, where the config leaves their number open.
 OPEN_E2E_FACTOR = 6
+# Tokens that are looked at to see which are frequent, where the text has as many.
+_COUNTED_TOKENS = 2**18
 # Sequences sampled together when the model writes its own text.
 _WRITING_BATCH = 32
 # Of a device's free memory, for the model to write there.
@@ -45,17 +47,46 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> 
     longest = longest_text(model)
     if longest is not None and config.seqlen > longest:
         raise ValueError(f"seqlen={config.seqlen} is more than the {longest} tokens the model takes; lower seqlen.")
-    if config.dataset == "self":
-        with moved_if_it_fits(model, compute_device(config.device)):
-            return self_written_tokens(model, num_sequences(config), config.seqlen, config.seed)
-    if tokenizer is None:
+    sources = [None] if isinstance(config.dataset, list) else sources_of(config.dataset)
+    if tokenizer is None and any(source is None or source.kind != "self" for source in sources):
         raise ValueError(f"dataset={config.dataset!r:.80} is text and needs a tokenizer; pass tokenizer=...")
-    if config.dataset in _HUB_DATASETS and not Path(config.dataset).exists():
-        tokens = _hub_tokens(config.dataset, tokenizer, config)
-    else:
-        tokens = _windows(_read(config.dataset), tokenizer, config)
+    check_dataset(config.dataset)
+    order = _interleaved([1.0 if source is None else source.share for source in sources], num_sequences(config))
+    found = [_sequences(model, tokenizer, config, source, order.count(index)) for index, source in enumerate(sources)]
+    left, rows = [iter(sequences) for sequences, _ in found], []
+    for index in order:
+        row = next(left[index], None)
+        if row is None:
+            break
+        rows.append(row)
+    needed = num_sequences(config, len(rows))
+    if len(rows) < needed:
+        what = "The calibration text" if len(found) == 1 else sources[index].name
+        field = "nsamples" if needed == config.nsamples else "e2e_nsamples"
+        share = "" if len(found) == 1 else f" with a share of {sources[index].share:g}"
+        raise ValueError(
+            f"{what} has {found[index][1]} tokens, but {field}={needed} of seqlen={config.seqlen}{share} need "
+            f"{order[:needed].count(index) * config.seqlen}; give more text or lower {field} or seqlen."
+        )
+    tokens = torch.stack(rows[:needed])
     check_tokens(model, tokens)
     return tokens
+
+
+def counted_tokens(tokenizer: Any, config: CRVQConfig) -> Tensor | None:
+    """Returns more tokens of a calibration text, int64, to see which are frequent; None where there is no text."""
+    dataset = config.dataset
+    is_text = isinstance(dataset, (str, list)) and not has_samples(dataset) and not sound_files(dataset)
+    sources = sources_of(dataset) if is_text and isinstance(dataset, str) else [None]
+    if tokenizer is None or not is_text or any(source is not None and source.kind != "file" for source in sources):
+        return None
+    whole = sum(1.0 if source is None else source.share for source in sources)
+    found = []
+    for source in sources:
+        most = int(_COUNTED_TOKENS * (1.0 if source is None else source.share) / whole)
+        read = partial(read_text, dataset if source is None else source.spelled, tokenizer)
+        found.append(drawn_tokens(tokenizer, read, most, config.seqlen, config.seed)[0])
+    return torch.cat(found)
 
 
 def tokenizer_for(model: PreTrainedModel, config: CRVQConfig, tokenizer: Any, options: dict[str, Any]) -> Any:
@@ -107,46 +138,67 @@ def num_sequences(config: CRVQConfig, available: int | None = None) -> int:
 
 
 def check_dataset(dataset: Any) -> None:
-    """Raises ValueError if `dataset` is the path of no file, or as `sound_files`."""
-    named = dataset is None or dataset in ("self", *_HUB_DATASETS)
-    if named or sound_files(dataset) or isinstance(dataset, list):
+    """Raises ValueError if a `dataset` names a file that is not there, as `sources_of`, or as `sound_files`.
+
+    What lies on the hub is not asked for.
+    """
+    if dataset is None or sound_files(dataset) or isinstance(dataset, list):
         return
-    if not Path(split_field(dataset)[0]).is_file():
-        raise ValueError(
-            f"dataset={dataset!r} is no file; give the path of a text file (of a table: path:field), a folder of "
-            "sound files, a list of texts, 'wikitext2', 'c4', 'self' (the model writes its own) or None (weights "
-            "only)."
-        )
+    for source in sources_of(dataset):
+        if source.kind == "file" and not os.path.isfile(source.name):
+            part = "" if source.name == dataset else f": {source.name!r}"
+            raise ValueError(
+                f"dataset={dataset!r}{part} is no file; give the path of a text file (of a table: path:field), a "
+                "dataset of the hub (owner/name:config:split:field), a mixture (a.txt:0.7,b.txt:0.3), a folder of "
+                "sound files, a list of texts, 'wikitext2', 'c4', 'self' (the model writes its own) or None (weights "
+                "only)."
+            )
 
 
-def _read(dataset: str | list[str]) -> str:
-    """Returns the calibration text of a path or of a list of texts.
+def _interleaved(shares: list[float], number: int) -> list[int]:
+    """Returns `number` places of sources, so many of each as its share says, also in every beginning."""
+    counts, order = [0] * len(shares), []
+    for taken in range(1, number + 1):
+        behind = [share / sum(shares) * taken - count for share, count in zip(shares, counts, strict=True)]
+        order.append(behind.index(max(behind)))
+        counts[order[-1]] += 1
+    return order
+
+
+def _sequences(
+    model: nn.Module, tokenizer: Any, config: CRVQConfig, source: Source | None, number: int
+) -> tuple[Tensor, int]:
+    """Returns sequences of one source, `[number, seqlen]` or fewer, and how many tokens it has, if there are fewer.
+
+    Args:
+        source: None for a list of texts.
+        number: how many.
+        model, tokenizer, config: as for `calibration_tokens`.
 
     Raises:
-        ValueError: there is no such file, it holds no text (see `read_text`), or there is nothing in it.
+        ValueError: the source cannot be read, or there is nothing in it.
     """
-    check_dataset(dataset)
-    text = "".join(read_text(dataset))
-    if not text.strip():
-        raise ValueError("The calibration text is empty; give some, or dataset='self' (the model writes its own).")
-    return text
-
-
-def _windows(text: str, tokenizer: Any, config: CRVQConfig) -> Tensor:
-    """Returns `num_sequences` non-overlapping windows of the text's tokens, drawn at random."""
-    wanted = num_sequences(config)
-    tokens, is_all = drawn_tokens(tokenizer, text, wanted * config.seqlen, config.seqlen, config.seed)
+    if not number:
+        return torch.empty(0, config.seqlen, dtype=torch.int64), 0
+    if source is not None and source.kind in ("self", "optimum"):
+        if source.kind == "optimum":
+            sequences = _hub_tokens(source.name, tokenizer, config, number)
+        else:
+            with moved_if_it_fits(model, compute_device(config.device)):
+                sequences = self_written_tokens(model, number, config.seqlen, config.seed)
+        return sequences, sequences.numel()
+    limits = number * config.seqlen, config.seqlen, config.seed
+    if source is not None and source.kind == "dataset":
+        tokens, _ = streamed_tokens(source, tokenizer, *limits)
+    else:
+        read = partial(read_text, config.dataset if source is None else source.spelled, tokenizer)
+        if not any(piece.strip() for piece in read()):
+            raise ValueError("The calibration text is empty; give some, or dataset='self' (the model writes its own).")
+        tokens, _ = drawn_tokens(tokenizer, read, *limits)
     available = len(tokens) // config.seqlen
-    needed = num_sequences(config, available) if is_all else wanted
-    if available < needed:
-        field = "nsamples" if needed == config.nsamples else "e2e_nsamples"
-        raise ValueError(
-            f"The calibration text has {len(tokens)} tokens, but {field}={needed} of seqlen={config.seqlen} "
-            f"need {needed * config.seqlen}; give more text or lower {field} or seqlen."
-        )
     generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(available, generator=generator, device="cpu")[:needed]
-    return tokens[: available * config.seqlen].view(available, config.seqlen)[chosen]
+    chosen = torch.randperm(available, generator=generator, device="cpu")[:number]
+    return tokens[: available * config.seqlen].view(available, config.seqlen)[chosen], len(tokens)
 
 
 @contextmanager
@@ -161,7 +213,7 @@ def _kept_random_state():
             numpy.random.set_state(states[1])
 
 
-def _hub_tokens(name: str, tokenizer: Any, config: CRVQConfig) -> Tensor:
+def _hub_tokens(name: str, tokenizer: Any, config: CRVQConfig, number: int) -> Tensor:
     """Returns windows of the training split of a hub dataset, through optimum's loader.
 
     Raises:
@@ -172,7 +224,7 @@ def _hub_tokens(name: str, tokenizer: Any, config: CRVQConfig) -> Tensor:
     try:
         with _kept_random_state():  # the loader seeds all of them
             samples = get_dataset(
-                name, tokenizer, nsamples=num_sequences(config), seqlen=config.seqlen, seed=config.seed, split="train"
+                name, tokenizer, nsamples=number, seqlen=config.seqlen, seed=config.seed, split="train"
             )
     except Exception as error:  # whatever datasets, the hub client or the network raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -12,13 +12,14 @@ from torch import nn
 from ..blocks.runner import Inputs
 from ..checkpoint.metadata import tensor_hash
 from ..checkpoint.sources import file_hash
-from ..config import CRVQConfig, has_samples, split_field
-from .sound import sound_files
+from ..config import CRVQConfig
+from ..dataset.grammar import Source, has_samples, sources_of
+from ..dataset.sound import sound_files
 
 # Where runs that name no work folder have theirs.
 WORK_FOLDERS = Path(HF_HOME) / "crvq"
 # Rooms whose code decides what comes out: a work folder that other code has written is not continued.
-_ROOMS = ("algorithm", "modeling", "pipeline", "tuning")
+_ROOMS = ("algorithm", "dataset", "modeling", "pipeline", "tuning")
 # Tokenizers that split this alike are taken for the same.
 _PROBE = "Channel-relaxed vector quantization stores 1,024 weights in 1.1 bits each; naïvely, def f(x): return x\n"
 
@@ -45,7 +46,9 @@ def run_fingerprint(
     for file in sorted(file for room in _ROOMS for file in (package / room).glob("*.py")):
         code.update(file.read_bytes())
     code.update((package / "quantized_weight.py").read_bytes())
-    fields = CRVQConfig.from_dict(config.to_dict(), embedding_bits=16).to_dict()  # 8 bits come after all blocks
+    if not config.has_coded_embeddings:  # 8 bits come after all blocks
+        config = CRVQConfig.from_dict(config.to_dict(), embedding_bits=16)
+    fields = config.to_dict()
     fields["dataset"] = dataset_fingerprint(samples or fields["dataset"])
     reads_text = not samples and config.dataset not in (None, "self") and tokenizer is not None
     return {
@@ -69,10 +72,24 @@ def dataset_fingerprint(dataset: Any) -> str | None:
         return hashlib.sha256(repr([(file.name, file_hash(file)) for file in (*files, *said)]).encode()).hexdigest()
     if isinstance(dataset, list):
         return hashlib.sha256("\x00".join(dataset).encode()).hexdigest()
-    path, field = (dataset, None) if dataset is None else split_field(dataset)
-    if path is None or not Path(path).is_file():
-        return dataset
-    return file_hash(path) + (f" {field}" if field else "")
+    if dataset is None:
+        return None
+    sources = sources_of(dataset)
+    if len(sources) == 1:
+        return _source_fingerprint(sources[0], dataset)
+    return ",".join(f"{_source_fingerprint(source, source.spelled)}:{source.share:g}" for source in sources)
+
+
+def _source_fingerprint(source: Source, spelled: str) -> str:
+    """Returns what identifies a source: hashes of files, or what the user calls it."""
+    if not source.is_local:
+        return spelled
+    path = Path(source.name)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    parts = [part for part in (source.config, source.split, source.field) if part]
+    hashes = [file_hash(file) for file in files]
+    found = hashes[0] if path.is_file() else hashlib.sha256(repr(hashes).encode()).hexdigest()
+    return " ".join([found, *parts])
 
 
 def _vocabulary_hash(tokenizer: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -9,9 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from ..checkpoint.sources import known_options
-from ..config import CRVQConfig, shareable_dataset
-from ..modeling.embedding import Int8Embedding, Int8Head, quantize_embeddings_
+from ..checkpoint.planned import Beside, bytes_in
+from ..checkpoint.sources import known_options, load_tokenizer
+from ..config import ROW_BITS, CRVQConfig
+from ..dataset.grammar import shareable_dataset
+from ..modeling.embedding import Rows, quantize_embeddings_
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import is_dense_linear, is_named_by, mark_quantized, unfuse_experts_to_quantize_
 from ..modeling.stacks import unfuse_stacks_
@@ -29,6 +32,7 @@ def quantize_model(
     tokenizer: Any = None,
     config: CRVQConfig | None = None,
     options: dict[str, Any] | None = None,
+    beside: Beside | None = None,
 ) -> PreTrainedModel:
     """Quantizes a model that is in memory; afterwards it can be saved like any other.
 
@@ -39,6 +43,8 @@ def quantize_model(
             default.
         config: how to quantize, the defaults of `CRVQConfig` if None.
         options: what `from_pretrained` needs to load that tokenizer, as `revision`, `subfolder`, `trust_remote_code`.
+        beside: what says, for `config.fit`, the bytes of the files beside the model, see `checkpoint.planned`; None
+            for those of the tokenizer.
 
     Returns:
         `model`.
@@ -59,7 +65,7 @@ def quantize_model(
             f"The model to quantize must be on one device, found it on {sorted(devices)}; "
             "load it with device_map='cpu'."
         )
-    recorded = quantize_(model.eval(), config, tokenizer, options)
+    recorded = quantize_(model.eval(), config, tokenizer, options, beside)
     # `import crvq_hf` has put the class there; it knows transformers' hooks, and so stands above this file.
     AutoHfQuantizer.from_config(recorded, pre_quantized=True).attach(model)
     return model
@@ -67,7 +73,11 @@ def quantize_model(
 
 @own_settings()
 def quantize_(
-    model: PreTrainedModel, config: CRVQConfig, tokenizer: Any = None, options: dict[str, Any] | None = None
+    model: PreTrainedModel,
+    config: CRVQConfig,
+    tokenizer: Any = None,
+    options: dict[str, Any] | None = None,
+    beside: Beside | None = None,
 ) -> CRVQConfig:
     """Quantizes the layers of `model` in place; returns the config to store with it.
 
@@ -76,9 +86,10 @@ def quantize_(
         config: how to quantize.
         tokenizer: for calibration text; by default the config's, else the one that came with the model.
         options: that the model was loaded with, for its tokenizer; see `checkpoint.sources`.
+        beside: as for `quantize_model`.
 
     Raises:
-        ValueError: as `quantize_blocks_`, or the budget `bits` cannot be met.
+        ValueError: as `quantize_blocks_`, or the budget `bits` or `fit` cannot be met.
     """
     leave_inference_mode_(model)
     unfuse_experts_to_quantize_(model, config)
@@ -87,19 +98,36 @@ def quantize_(
     mark_quantized(model, True)  # some models then call a layer whose weight they would read else
     try:
         options = known_options(model) | (options or {})
+        beside = beside or _tokenizer_beside(model, config, tokenizer, options)
         tokenizer = tokenizer_for(model, config, config.tokenizer if tokenizer is None else tokenizer, options)
         samples = given_samples(model, tokenizer, config, options)
         tried = completed(model, samples[:1], SHORT, compute_device(config.device))
-        config, dense_rows = choose_layers(model, config, *tried)
-        quantize_blocks_(model, tokenizer, config, samples)
+        config, dense_rows = choose_layers(model, config, *tried, beside=beside)
+        quantize_blocks_(model, tokenizer, config, samples, dense_rows)
     except BaseException:
         mark_quantized(model, False)
         raise
-    if config.embedding_bits == 8:
+    if config.embedding_bits == ROW_BITS:
         quantize_embeddings_(model, dense_rows)
     layers = [module for module in model.modules() if isinstance(module, CRVQLinear)]
     model.crvq_report = getattr(model, "crvq_report", {}) | {"dense_share": dense_share(model, layers)}
     return _recorded_config(model, config)
+
+
+def _tokenizer_beside(
+    model: PreTrainedModel, config: CRVQConfig, tokenizer: Any, options: dict[str, Any]
+) -> Beside | None:
+    """Returns what says the bytes of a tokenizer's files, None if there is none or it does not matter."""
+    tokenizer = tokenizer or config.tokenizer or model.name_or_path
+    if config.fit is None or not tokenizer:
+        return None
+    if isinstance(tokenizer, (str, os.PathLike)):
+        try:
+            tokenizer = load_tokenizer(tokenizer, model.name_or_path, options)
+        except (OSError, ValueError, KeyError):  # where there has to be one, this is said elsewhere
+            return None
+    nbytes = bytes_in(tokenizer.save_pretrained)
+    return lambda layers: {"tokenizer": nbytes}
 
 
 def _check_plain(model: Any) -> None:
@@ -122,7 +150,7 @@ def _recorded_config(model: nn.Module, config: CRVQConfig) -> CRVQConfig:
     recorded = CRVQConfig.from_dict(config.to_dict())
     recorded.dataset = shareable_dataset(recorded.dataset)
     dense = [name for name, module in model.named_modules() if is_dense_linear(module)]
-    if not any(isinstance(module, (Int8Embedding, Int8Head)) for module in model.modules()):
-        recorded.embedding_bits = 16  # also where 8 were asked for and nothing could take them
+    if not any(isinstance(module, Rows) for module in model.modules()):
+        recorded.embedding_bits = 16  # also where fewer were asked for and nothing could take them
     recorded.modules_to_not_convert = sorted({*(config.modules_to_not_convert or []), *dense}) or None
     return recorded

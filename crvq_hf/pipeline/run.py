@@ -1,7 +1,8 @@
 """What the parts of one quantizing run share: the model, how and where to compute, and what is known so far."""
 
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,7 @@ class Run:
         blocks: in the order in which they are quantized.
         work: the work folder.
         runner: runs the blocks; None without calibration text.
+        dense_parts: embedding and head, by name, as they are in the full-precision model where they are coded first.
         layers: report lines by layer name.
         seconds: time by phase, what went on before this run was killed and is kept counted.
     """
@@ -41,12 +43,25 @@ class Run:
     blocks: nn.ModuleList
     work: WorkFolder
     runner: BlockRunner | None = None
+    dense_parts: dict[str, nn.Module] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def timed(self, phase: str, start: float) -> None:
         """Adds the time since `start` to a phase."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Has the model's own embedding and head in the place of coded ones while inside."""
+        coded = {name: self.model.get_submodule(name) for name in self.dense_parts}
+        try:
+            for name, part in self.dense_parts.items():
+                self.model.set_submodule(name, part)
+            yield
+        finally:
+            for name, part in coded.items():
+                self.model.set_submodule(name, part)
 
     def precision(self) -> AbstractContextManager:
         """Returns the context that blocks are run and trained in."""

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 
 from ..blocks.runner import Inputs, placed
-from ..config import CRVQConfig, has_samples
+from ..config import CRVQConfig
+from ..dataset.grammar import has_samples
+from ..dataset.sound import hear, sound_files
 from .calibration import moved_if_it_fits, num_sequences
-from .sound import hear, sound_files
 from .text import check_tokens, longest_text
 
 logger = logging.getLogger("crvq")

@@ -1,46 +1,36 @@
 """Text from wherever the user has it, and tokens of as much of it as is needed.
 
-A text is a list of texts, a plain text file, or a table, of which one field holds texts. Nothing here tokenizes more
-than it must: tokenizers take much time, and a hundred times the memory of the text.
+A text is a list of texts, a plain text file, a table or a dataset, of which one field holds texts. Nothing here
+tokenizes more than it must: tokenizers take much time, and a hundred times the memory of the text.
 """
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import split_field
+from ..dataset.grammar import Source, split_field
+from ..dataset.rows import TABLES, rows_of_dataset, rows_of_table, table_kind
 
-# Tables by the end of their name, packed ones too: the builder of `datasets` that reads them, and its options.
-_TABLES = {
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"delimiter": "\t"}),
-    ".parquet": ("parquet", {}),
-    ".arrow": ("arrow", {}),
-}
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
 _READ = 2**16  # characters read at once
 _SEPARATOR = "\n\n"  # between texts
 # Characters that are always tokenized whole. Of more, pieces are drawn, of so many characters per token of a sequence.
 _WHOLE, _PIECE_FACTOR = 2**18, 8
+_USUAL_LENGTH = 4  # characters of a token, as a first guess
 # What is cut off a text changes how its last tokens are split, but not more of them than this.
 _MARGIN = 64
 
 
-def read_text(source: str | list[str]) -> Iterator[str]:
+def read_text(source: str | list[str], tokenizer: Any = None) -> Iterator[str]:
     """Yields a text piece by piece; all of them put together are the text.
 
     Args:
         source: texts; the path of a UTF-8 text file, or of a table (JSON, JSON lines, CSV, TSV, parquet, arrow), whose
             field is named as in `path:field`. Without, it is `text`, or the only one that holds texts.
+        tokenizer: whose chat template makes a text of chat messages, where the field holds these.
 
     Raises:
         ValueError: the file is damaged, no UTF-8 text, or there is no such field of texts; or a table cannot be read
@@ -50,12 +40,12 @@ def read_text(source: str | list[str]) -> Iterator[str]:
         yield from _joined(source)
         return
     path, field = split_field(source)
-    if kind := _table_kind(path):
-        yield from _joined(_rows(path, field, *kind))
+    if table_kind(path):
+        yield from _joined(rows_of_table(path, field, tokenizer))
         return
     if field is not None:
         raise ValueError(
-            f"{path} is no table, so it has no field {field!r}; tables end in {', '.join(_TABLES)}, other files are "
+            f"{path} is no table, so it has no field {field!r}; tables end in {', '.join(TABLES)}, other files are "
             "read as plain text."
         )
     try:
@@ -64,6 +54,31 @@ def read_text(source: str | list[str]) -> Iterator[str]:
                 yield piece
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {_wrong_byte(path)}).") from error
+
+
+def streamed_tokens(source: Source, tokenizer: Any, most: int, seqlen: int, seed: int) -> tuple[Tensor, bool]:
+    """Returns tokens of texts drawn from a dataset, `[tokens]`, int64, and whether it has no more of them.
+
+    Rows are streamed: what is not needed is not downloaded. Of each text that is drawn, a piece is taken.
+
+    Args:
+        source: of the kind "dataset".
+        tokenizer, most, seqlen: as for `drawn_tokens`.
+        seed: decides which texts and which pieces.
+
+    Raises:
+        ValueError: the dataset cannot be had, has no such field of texts, or `datasets` is not installed.
+    """
+    generator, size = torch.Generator().manual_seed(seed), _PIECE_FACTOR * max(seqlen, 64)
+    found, count = [], 0
+    for text in rows_of_dataset(source, tokenizer, seed):
+        pieces = _cut(text, size)
+        piece = pieces[int(torch.randint(len(pieces), (), generator=generator))]
+        found.append(_tokenize(tokenizer, piece if not found else _SEPARATOR + piece))
+        count += len(found[-1])
+        if count >= most:
+            return torch.cat(found), False
+    return torch.cat([torch.empty(0, dtype=torch.int64), *found]), True
 
 
 def first_tokens(tokenizer: Any, pieces: Iterable[str], most: int | None) -> Tensor:
@@ -90,25 +105,40 @@ def first_tokens(tokenizer: Any, pieces: Iterable[str], most: int | None) -> Ten
             return tokens[:most]
 
 
-def drawn_tokens(tokenizer: Any, text: str, most: int, seqlen: int, seed: int) -> tuple[Tensor, bool]:
+def drawn_tokens(
+    tokenizer: Any, text: str | Callable[[], Iterable[str]], most: int, seqlen: int, seed: int
+) -> tuple[Tensor, bool]:
     """Returns tokens of pieces drawn from all over a text, `[tokens]`, int64, and whether that is all of the text.
+
+    A text that is read is read some times over, and only the pieces that are drawn are kept.
 
     Args:
         tokenizer: a transformers tokenizer; no special tokens are added.
-        text: any text; a short one is taken whole.
+        text: any text, or what reads one from its start; a short one is taken whole.
         most: how many tokens are enough.
         seqlen: tokens of the sequences that they are for; pieces are longer.
         seed: decides which pieces.
     """
-    pieces = [text] if len(text) <= _WHOLE else _cut(text, _PIECE_FACTOR * max(seqlen, 64))
+    read = text if callable(text) else lambda: (text,)
+    start = _first_characters(read(), _WHOLE + 1)
+    if len(start) <= _WHOLE:
+        return _tokenize(tokenizer, start), True
+    size = _PIECE_FACTOR * max(seqlen, 64)
+    number = sum(1 for _ in _pieces(read(), size))
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
     found: dict[int, Tensor] = {}
-    count = 0
-    for place in torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist():
-        found[place] = _tokenize(tokenizer, pieces[place])
-        count += len(found[place])
-        if count >= most:
-            break
-    return torch.cat([found[place] for place in sorted(found)]), len(found) == len(pieces)
+    count, of_a_piece = 0, size / _USUAL_LENGTH
+    while count < most and len(found) < number:
+        wanted = order[len(found) :][: math.ceil((most - count) / of_a_piece) + 1]
+        texts = dict.fromkeys(wanted)
+        texts |= {place: piece for place, piece in enumerate(_pieces(read(), size)) if place in texts}
+        for place in wanted:
+            found[place] = _tokenize(tokenizer, texts[place])
+            count += len(found[place])
+            if count >= most:
+                break
+        of_a_piece = max(1, count / len(found))
+    return torch.cat([found[place] for place in sorted(found)]), len(found) == number
 
 
 def longest_text(model: nn.Module) -> int | None:
@@ -134,97 +164,45 @@ def _tokenize(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
 
 
+def _first_characters(pieces: Iterable[str], most: int) -> str:
+    """Returns the first characters of a text, `most` or some more, or all that it has."""
+    read, count = [], 0
+    for piece in pieces:
+        read.append(piece)
+        count += len(piece)
+        if count >= most:
+            break
+    return "".join(read)
+
+
 def _cut(text: str, size: int) -> list[str]:
-    """Returns pieces of at most `size` characters that end with a line, or at least a word, where there is one."""
-    pieces, start = [], 0
-    while start < len(text):
-        end = start + size
-        if end < len(text):
-            line, word = text.rfind("\n", start, end) + 1, text.rfind(" ", start, end)
-            end = line if line > start else word if word > start else end
-        pieces.append(text[start:end])
-        start = end
-    return pieces
+    """Returns the pieces of a text, see `_pieces`."""
+    return [*_pieces((text,), size)]
+
+
+def _pieces(texts: Iterable[str], size: int) -> Iterator[str]:
+    """Yields pieces of at most `size` characters that end with a line, or at least a word, where there is one.
+
+    Args:
+        texts: the text, in any parts.
+        size: characters.
+    """
+    held = ""
+    for text in texts:
+        held, start = held + text, 0
+        while len(held) - start > size:
+            line, word = held.rfind("\n", start, start + size) + 1, held.rfind(" ", start, start + size)
+            end = line if line > start else word if word > start else start + size
+            yield held[start:end]
+            start = end
+        held = held[start:]
+    if held:
+        yield held
 
 
 def _joined(texts: Iterable[str]) -> Iterator[str]:
     for number, text in enumerate(texts):
         yield text if not number else _SEPARATOR + text
-
-
-def _table_kind(path: str) -> tuple[str, dict[str, Any]] | None:
-    """Returns how `datasets` reads a file, None for what is no table."""
-    name = path.lower()
-    for end in _PACKED:
-        name = name.removesuffix(end)
-    return _TABLES.get(Path(name).suffix)
-
-
-def _rows(path: str, field: str | None, builder: str, options: dict[str, Any]) -> Iterator[str]:
-    """Yields the texts of a table's field; rows without a text in it are left out."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            f"Reading {path} needs the package datasets; install it with pip install 'crvq-hf[datasets]', or give a "
-            "plain text file."
-        ) from error
-    with tempfile.TemporaryDirectory() as cache:
-        source = {"data_files": _plainly_named(path, cache), "split": "train", "streaming": True, "cache_dir": cache}
-        number = 0
-        try:
-            for number, row in enumerate(datasets.load_dataset(builder, **source, **options), 1):
-                field = _field_of(row, path) if field is None else field
-                if text := _text_in(row, field, number, path):
-                    yield text
-        except _NoText:
-            raise
-        except Exception as error:  # whatever datasets and the libraries below it raise
-            if os.path.getsize(path) == 0:
-                return
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(
-                f"{path} cannot be read as {builder} after row {number} ({reason:.200}); repair it, or rename it to "
-                ".txt if it is plain text."
-            ) from error
-
-
-def _plainly_named(path: str, folder: str) -> str:
-    """Returns another path of a file, by a link in `folder`: `datasets` takes names for patterns, and URLs."""
-    link = Path(folder, f"table{''.join(Path(path).suffixes[-2:])}")
-    try:
-        link.symlink_to(os.path.abspath(path))
-    except OSError:  # Windows lets not everyone make links
-        shutil.copyfile(path, link)
-    return str(link)
-
-
-class _NoText(ValueError):
-    """A table is in order, but has no such field of texts."""
-
-
-def _text_in(row: dict[str, Any], field: str, number: int, path: str) -> str | None:
-    """Returns the text in a row of a table, None if there is none."""
-    if field not in row:
-        raise _NoText(f"{path} has no field {field!r}; it has {', '.join(map(repr, row))}.")
-    if not isinstance(row[field], str | None):
-        raise _NoText(
-            f"The field {field!r} of {path} holds no text but {type(row[field]).__name__} in row {number}; name one "
-            f"that does, as in {path}:FIELD."
-        )
-    return row[field]
-
-
-def _field_of(row: dict[str, Any], path: str) -> str:
-    """Returns which field of a table holds its texts."""
-    texts = [name for name, value in row.items() if isinstance(value, str)]
-    if "text" in row:
-        return "text"
-    if len(texts) == 1:
-        return texts[0]
-    raise _NoText(
-        f"{path} has the fields {', '.join(map(repr, row))}; say which of them holds the text, as in {path}:FIELD."
-    )
 
 
 def _wrong_byte(path: str) -> int:

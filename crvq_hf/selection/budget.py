@@ -1,14 +1,16 @@
-"""A bit budget instead of knobs: which codebooks and how many critical channels spend it best."""
+"""A bit budget instead of knobs: which codebooks and how many critical channels spend it best, on which layers."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ..config import BUDGETED, CRVQConfig
 
+MOST_BITS = 4  # stored bits per weight; what would take more saves next to nothing
+FEW = 0.02  # of the weights of a model or a block
 _TOLERANCE = 0.01  # of the budget
 # Channels and bits of a base code, from many bits per weight to few. Groups of 4 are better where they can have 6 bits
 # (benchmarks/LOG.md); codes of more than 8 are slow to look up.
@@ -31,28 +33,94 @@ def within_budget(config: CRVQConfig, sizes: Iterable[tuple[int, int]]) -> CRVQC
     Raises:
         ValueError: these layers cannot be stored in so few, or so many, bits.
     """
-    all_counts = Counter(sizes)
-    if config.bits is None or not all_counts:
+    counts = Counter(sizes)
+    if config.bits is None or not counts:
         return config
-    lowest = math.inf
+    best = most_within_budget(config, counts)
+    if best is None or _stored_bits(best, _fitting(counts, best.in_group_size)) < (1 - _TOLERANCE) * config.bits:
+        raise ValueError(
+            f"bits={config.bits:g} cannot be met within 1 % by these layers, whose least is "
+            f"{fewest_bits(config, counts):.3f} bits per weight; give other bits, or set {', '.join(BUDGETED)} "
+            "yourself."
+        )
+    return best
+
+
+def most_within_budget(config: CRVQConfig, sizes: Iterable[tuple[int, int]]) -> CRVQConfig | None:
+    """Returns what `within_budget` does, where it cannot spend the budget the most below it; None if that is nothing.
+
+    Args:
+        config: with `bits`.
+        sizes: as for `within_budget`.
+    """
+    all_counts, best, most = Counter(sizes), None, 0.0
     for d, nbits in _BASE_CODES:
-        counts = Counter({size: count for size, count in all_counts.items() if size[0] % d == 0})
-        if not counts:
+        counts = _fitting(all_counts, d)
+        plain = _with(config, d, nbits, 0, 0.0)
+        if not counts or _stored_bits(plain, counts) > config.bits:
             continue
-        plain = _stored_bits(_with(config, d, nbits, 0, 0.0), counts)
-        lowest = min(lowest, plain)
-        if plain > config.bits:
-            continue
-        candidates = [_with(config, d, nbits, 0, 0.0)]
-        for extended in range(max(1, math.ceil((config.bits - plain) * d / nbits)), 8):
-            candidates += [_largest(config, d, nbits, extended, counts)]
-            best = max((c for c in candidates if c), key=lambda c: _stored_bits(c, counts))
-            if _stored_bits(best, counts) >= (1 - _TOLERANCE) * config.bits:
-                return best
-    raise ValueError(
-        f"bits={config.bits:g} cannot be met within 1 % by these layers, whose least is {lowest:.3f} bits per weight; "
-        f"give other bits, or set {', '.join(BUDGETED)} yourself."
-    )
+        left = config.bits - _stored_bits(plain, counts)
+        candidates = [plain]
+        for extended in (0, *range(max(1, math.ceil(left * d / nbits)), 8)):
+            candidates += [_largest(config, d, nbits, extended, counts)] if extended else []
+            found = max((c for c in candidates if c), key=lambda c: _stored_bits(c, counts))
+            stored = _stored_bits(found, counts)
+            if extended and stored >= (1 - _TOLERANCE) * config.bits:
+                return found
+            if stored > most:
+                best, most = found, stored
+    return best
+
+
+def fewest_bits(config: CRVQConfig, sizes: Iterable[tuple[int, int]]) -> float:
+    """Returns the fewest stored bits per weight that any codes give layers of these sizes, infinity for no layers."""
+    counts, fewest = Counter(sizes), math.inf
+    for d, nbits in _BASE_CODES:
+        if fitting := _fitting(counts, d):
+            fewest = min(fewest, _stored_bits(_with(config, d, nbits, 0, 0.0), fitting))
+    return fewest
+
+
+def spend(
+    config: CRVQConfig,
+    sizes: dict[str, tuple[int, int]],
+    within: Callable[..., CRVQConfig | None] = within_budget,
+    most_bits: float = MOST_BITS,
+) -> tuple[CRVQConfig | None, set[str]]:
+    """Returns a config whose budget `bits` is spent, and the layers that then stay dense: they would cost too much.
+
+    Args:
+        config: any, one without a budget too.
+        sizes: in_features and out_features of the layers by name.
+        within: `within_budget` or `most_within_budget`; what it returns or raises is.
+        most_bits: stored bits per weight of a layer from which on it stays dense.
+    """
+    spent = within(config, sizes.values())
+    costly = set() if spent is None else _costly(sizes, spent, most_bits)
+    if costly:
+        spent = within(config, (size for name, size in sizes.items() if name not in costly))
+    return spent, costly
+
+
+def _costly(sizes: dict[str, tuple[int, int]], config: CRVQConfig, most_bits: float) -> set[str]:
+    """Returns the layers that would take more than `most_bits`.
+
+    In a toy all layers do, because of their codebooks. Where more than a few do, codebooks are not counted.
+    """
+    sizes = {name: size for name, size in sizes.items() if size[0] % config.in_group_size == 0}
+    shapes = {name: config.layer_shape(*size) for name, size in sizes.items()}
+    weights = {name: math.prod(size) for name, size in sizes.items()}
+    costly = {name for name, shape in shapes.items() if 8 * shape.nbytes > most_bits * weights[name]}
+    if sum(weights[name] for name in costly) <= FEW * sum(weights.values()):
+        return costly
+    codebooks = {name: shape.num_codebooks * shape.codebook_size for name, shape in shapes.items()}
+    bits = {name: codebooks[name] * shape.in_group_size * shape.codebook_bits for name, shape in shapes.items()}
+    return {name for name in costly if 8 * shapes[name].nbytes - bits[name] > most_bits * weights[name]}
+
+
+def _fitting(counts: Counter, d: int) -> Counter:
+    """Returns those of the sizes whose channels can be cut into groups of `d`."""
+    return Counter({size: count for size, count in counts.items() if size[0] % d == 0})
 
 
 def _largest(config: CRVQConfig, d: int, nbits: int, extended: int, counts: Counter) -> CRVQConfig | None:
@@ -81,7 +149,7 @@ def _ratios(counts: Counter, d: int) -> set[float]:
 def _with(config: CRVQConfig, *values: float) -> CRVQConfig:
     """Returns a copy of the config with the fields in `BUDGETED` set and no budget."""
     result = copy.copy(config)
-    result.bits = None
+    result.bits = result.fit = None
     for name, value in zip(BUDGETED, values, strict=True):
         setattr(result, name, value)
     return result

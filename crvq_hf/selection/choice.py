@@ -13,20 +13,18 @@ from transformers import PreTrainedModel
 
 from ..blocks.finding import kind_of, named_blocks
 from ..blocks.runner import Inputs
-from ..config import CRVQConfig
+from ..config import ROW_BITS, CRVQConfig
 from ..modeling.embedding import find_embeddings
 from ..modeling.replace import linear_size, quantizable_linears
-from .budget import within_budget
+from .budget import FEW, MOST_BITS, spend
+from .size import Beside, within_size
 from .trial import try_out
 
 logger = logging.getLogger("crvq")
 
-MOST_BITS = 4  # stored bits per weight; what would take more saves next to nothing
-WORTH_SAYING = 0.02  # of the weights of a block
-
 
 def choose_layers(
-    model: PreTrainedModel, config: CRVQConfig, sample: Inputs | None = None
+    model: PreTrainedModel, config: CRVQConfig, sample: Inputs | None = None, beside: Beside | None = None
 ) -> tuple[CRVQConfig, set[str]]:
     """Returns how to quantize a model, with all that has to stay dense, and says what that is.
 
@@ -36,16 +34,18 @@ def choose_layers(
     Args:
         model: dense, its experts unfused.
         config: how to quantize; a budget in it is spent on the layers that are left.
+        sample: to run the model on instead of a few tokens.
+        beside: see `within_size`.
 
     Returns:
         A config without a budget, whose `modules_to_not_convert` also names the layers found.
-        Names of the embeddings and heads that cannot be stored in 8 bits, because other code reads their numbers.
+        Names of the embeddings and heads that cannot be quantized, because other code reads their numbers.
 
     Raises:
-        ValueError: there is no layer to quantize, or the budget `bits` cannot be met.
+        ValueError: there is no layer to quantize, or the budget `bits` or `fit` cannot be met.
     """
     linears, reasons = quantizable_linears(model, config)
-    rows = find_embeddings(model) if config.embedding_bits == 8 else {}
+    rows = find_embeddings(model, config.embedding_bits if config.fit is None else ROW_BITS)
     found = try_out(model, linears, rows, sample)
     if found.failure:
         logger.warning(
@@ -56,19 +56,21 @@ def choose_layers(
     dense = {name: "other code reads its weight" for name in found.read if name in linears}
     dense |= {name: "it chooses experts" for name in [*found.routing, *_named_routers(linears)]}
     linears = {name: module for name, module in linears.items() if name not in dense}
-    spent = within_budget(config, map(linear_size, linears.values()))
-    costly = _costly(linears, spent)
-    if costly:
-        dense |= {name: f"codes would take more than {MOST_BITS} bits per weight" for name in costly}
-        linears = {name: module for name, module in linears.items() if name not in costly}
-        spent = within_budget(config, map(linear_size, linears.values()))
+    if config.fit is None or not linears:
+        spent, costly = spend(config, {name: linear_size(module) for name, module in linears.items()})
+    else:
+        spent, costly = within_size(
+            model, config, linears, lambda bits: find_embeddings(model, bits, found.read), beside
+        )
+    dense |= {name: f"codes would take more than {MOST_BITS} bits per weight" for name in costly}
+    linears = {name: module for name, module in linears.items() if name not in costly}
     if not linears:
         raise ValueError(_nothing_to_quantize(model, reasons | dense))
     if dense:
         spent = copy.copy(spent)
         spent.modules_to_not_convert = [*(config.modules_to_not_convert or []), *sorted(dense)]
     _say(model, linears, reasons | dense)
-    for name in found.read & rows.keys():
+    for name in found.read & rows.keys() if spent.embedding_bits < 16 else ():
         logger.warning("%s stays as it is: other code reads its numbers.", name)
     return spent, found.read & rows.keys()
 
@@ -115,23 +117,6 @@ def _named_routers(names: Iterable[str]) -> list[str]:
     return [name for name in names if any("router" in part for part in name.split("."))]
 
 
-def _costly(linears: dict[str, nn.Module], config: CRVQConfig) -> set[str]:
-    """Returns the layers that would take more than `MOST_BITS`.
-
-    In a toy all layers do, because of their codebooks. Where more than a few do, codebooks are not counted.
-    """
-    sizes = {name: linear_size(module) for name, module in linears.items()}
-    sizes = {name: size for name, size in sizes.items() if size[0] % config.in_group_size == 0}
-    shapes = {name: config.layer_shape(*size) for name, size in sizes.items()}
-    weights = {name: math.prod(size) for name, size in sizes.items()}
-    costly = {name for name, shape in shapes.items() if 8 * shape.nbytes > MOST_BITS * weights[name]}
-    if sum(weights[name] for name in costly) <= WORTH_SAYING * sum(weights.values()):
-        return costly
-    codebooks = {name: shape.num_codebooks * shape.codebook_size for name, shape in shapes.items()}
-    bits = {name: codebooks[name] * shape.in_group_size * shape.codebook_bits for name, shape in shapes.items()}
-    return {name for name in costly if 8 * shapes[name].nbytes - bits[name] > MOST_BITS * weights[name]}
-
-
 def _say(model: nn.Module, linears: dict[str, nn.Module], reasons: dict[str, str]) -> None:
     """Logs what stays dense in the blocks, a line for each kind of layer or parameter, with its share of a block."""
     quantized = {id(module) for module in linears.values()}
@@ -148,7 +133,7 @@ def _say(model: nn.Module, linears: dict[str, nn.Module], reasons: dict[str, str
                     kinds[kind, whose][index] += parameter.numel()
     for (kind, reason), counts in kinds.items():
         share = max(count / sizes[index] for index, count in counts.items())
-        if share > WORTH_SAYING or not reason.startswith("crvq does not know"):
+        if share > FEW or not reason.startswith("crvq does not know"):
             logger.warning(
                 "%s of %d block(s) stays dense, %.1f %% of the weights of a block: %s.",
                 kind,

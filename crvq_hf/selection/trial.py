@@ -31,7 +31,7 @@ logger = logging.getLogger("crvq")
 
 _NUM_TOKENS = 13  # a number that hardly any layer has as a multiple of its outputs
 _FIRST_TOKEN = 3  # those before it begin, end and pad texts
-# What a layer of codes answers like a dense one, and what embeddings and heads in 8 bits answer beside.
+# What a layer of codes answers like a dense one, and what quantized embeddings and heads answer beside.
 _HARMLESS = {getattr(Tensor, name).__get__ for name in ("device", "is_cpu", "is_cuda", "is_meta", "requires_grad")}
 _HARMLESS_OF_ROWS = _HARMLESS | {getattr(Tensor, name).__get__ for name in ("dtype", "shape", "ndim")}
 _HARMLESS_OF_ROWS |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__getitem__}
@@ -79,7 +79,7 @@ def try_out(
     Args:
         model: a transformers model in eval mode, dense.
         linears: layers that are to be quantized, by name.
-        rows: embeddings and heads that are to be stored in 8 bits, by name.
+        rows: embeddings and heads that are to be quantized, by name.
         sample: to be run on instead.
 
     Raises:

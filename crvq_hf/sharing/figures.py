@@ -99,7 +99,7 @@ def _bars_of_bytes(numbers: Breakdown) -> list[tuple[str, float, str]]:
     """Returns name, bytes and color of every bar: the parts of the quantized layers, then what else there is."""
     rows = [(part, nbytes, COLORS[part]) for part, nbytes in numbers.quantized_bytes.items()]
     if numbers.embedding_bytes:
-        rows.append(("embeddings, 8 bits", numbers.embedding_bytes, EMBEDDINGS))
+        rows.append(("embeddings, quantized", numbers.embedding_bytes, EMBEDDINGS))
     large = {name: n for name, n in numbers.dense_bytes.items() if n >= OWN_BAR * numbers.file_bytes}
     rows += [(f"{name}, dense", nbytes, DENSE) for name, nbytes in large.items()]
     return [*rows, ("other dense tensors", sum(numbers.dense_bytes.values()) - sum(large.values()), DENSE)]

@@ -12,12 +12,16 @@ import logging
 import os
 import re
 import shlex
+from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..blocks.finding import kind_of
 from ..checkpoint.breakdown import Breakdown, Kind, break_down
 from ..checkpoint.info import CheckpointInfo, read_info
-from ..config import FIELDS, CRVQConfig, shareable_dataset
+from ..config import FIELDS, CRVQConfig
+from ..dataset.grammar import shareable_dataset
 from .figures import draw
 from .text import megabytes
 
@@ -27,6 +31,8 @@ REPORT = "report.json"
 PICTURE = "report.png"
 PAGE = "report.html"
 UNFINISHED = ".crvq-unfinished"  # marks a folder that `convert` is still writing
+# At most, by what many reports took: numbers of a layer beside its name, all else; a picture, and each kind in it.
+_LAYER_BYTES, _OTHER_BYTES, _PICTURE_BYTES, _KIND_BYTES = 130, 12_000, 125_000, 5_000
 _CACHED = re.compile(r"models--(.+)/snapshots/[^/]+")  # where the hub client keeps a downloaded model
 _SAMPLES = "Tokens drawn with one seed, for a chat model as answers: before quantizing and after."
 _STYLE = """
@@ -104,6 +110,20 @@ def draw_if_possible(folder: str | os.PathLike) -> None:
     except (ImportError, OSError) as error:
         cure = "pip install 'crvq-hf[report]', then " if isinstance(error, ImportError) else ""
         logger.warning("The report is not drawn (%s); %scrvq report %s draws it.", error, cure, folder)
+
+
+def most_bytes(layers: Collection[str]) -> int:
+    """Returns the most bytes that the files of a report will take, which are made after the model is.
+
+    Args:
+        layers: names of the quantized layers.
+    """
+    kinds = len({kind_of(name) for name in layers})
+    numbers = _OTHER_BYTES + sum(_LAYER_BYTES + len(name) for name in layers)
+    picture = _PICTURE_BYTES + _KIND_BYTES * kinds if find_spec("matplotlib") else 0
+    return (
+        numbers + picture + (_OTHER_BYTES + 4 * picture // 3 if picture else 0)
+    )  # in the page it is once more, as text
 
 
 def draw_report(folder: str | os.PathLike) -> list[Path]:
@@ -201,7 +221,7 @@ def facts(info: CheckpointInfo, report: dict[str, Any] | None, numbers: Breakdow
         "codebooks, scales and channel order",
         "quantized": f"{len(layers)} layers, {sum(layer.num_weights for layer in layers):,} weights, "
         f"{quantized:,} bytes",
-        "embeddings": f"8 bits, with a scale for each row, {numbers.embedding_bytes:,} bytes, "
+        "embeddings": f"{info.crvq.embedding_bits:g} bits, scales counted, {numbers.embedding_bytes:,} bytes, "
         f"{numbers.embedding_bytes / numbers.file_bytes:.1%} of the checkpoint",
         "stay dense": "{:.1%} of the weights of the blocks, {:.1%} of all".format(*info.dense_shares),
         "not quantized": f"{len(info.dense)} tensors ({'' if numbers.embedding_bytes else 'embeddings, '}norms and so "

@@ -12,9 +12,11 @@ from transformers.utils import logging as transformers_logging
 
 from ..blocks.runner import BlockRunner, Inputs, State, placed, run_on
 from ..blocks.trees import map_tensors
+from ..modeling.row_modules import Rows
 from ..resources import distributed
 from ..resources.workfolder import WorkFolder
 from .losses import distillation_loss
+from .tables import tunable_tables
 from .trainer import Trainer, shuffled
 from .tunable import frozen, tunable
 
@@ -33,12 +35,13 @@ def finetune_end_to_end_(
     peak: float,
     seed: int,
     precision: Callable[[], AbstractContextManager],
+    full_precision: Callable[[], AbstractContextManager],
     work: WorkFolder,
 ) -> tuple[dict[str, float], float]:
-    """Tunes codebooks, scales, norms and biases of all blocks on KL(full precision || quantized).
+    """Tunes codebooks, scales, norms and biases on KL(full precision || quantized).
 
-    The teacher's logits are made from its last hidden states, which quantizing block by block has left: the
-    full-precision weights are not needed any more.
+    Those of all blocks, and of embedding and head where these are codes. The teacher's logits are made from its last
+    hidden states, which quantizing block by block has left: the full-precision blocks are not needed any more.
 
     Args:
         runner: of the quantized model; the model is on the compute device, in fp32.
@@ -48,6 +51,7 @@ def finetune_end_to_end_(
         peak: learning rate.
         seed: of the order of batches.
         precision: makes the context to run the model in.
+        full_precision: makes the context in which embedding and head are those of the full-precision model.
         work: where the state is kept, so that a killed run goes on from it.
 
     Returns:
@@ -59,12 +63,13 @@ def finetune_end_to_end_(
     order = shuffled(len(states), epochs, seed)
     losses: list[float] = []
     with (
-        frozen(model),  # embedding and head too: nobody needs their gradients
+        frozen(model),  # dense embeddings and heads too: nobody needs their gradients
         _cast_head(model, precision),
         tunable(runner.blocks) as parameters,
+        tunable_tables(model) as others,
         _saving_memory(runner, states, precision),
     ):
-        trainer = Trainer(parameters, len(order), peak)
+        trainer = Trainer([*parameters, *others], len(order), peak)
         first, spent = _resume(work, trainer, losses)
         saved_at = time.monotonic()
         start = saved_at - spent
@@ -72,8 +77,9 @@ def finetune_end_to_end_(
         for number in range(first, len(order)):
             index, loss = order[number], None
             if len(states[index]):
-                with precision():
+                with precision(), full_precision():
                     teacher = runner.logits(_on(device, states[index]))
+                with precision():
                     logits = run_on(model, placed(states[index].inputs, next(model.parameters()))).logits
                 loss = distillation_loss(logits, teacher)
             losses.append(trainer.step(number, loss))
@@ -93,7 +99,7 @@ def finetune_end_to_end_(
 def _cast_head(model: nn.Module, precision: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Has the head in the dtype it computes in while inside: autocast would cast it at every use."""
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or isinstance(head, Rows):
         yield
         return
     weight, kind = head.weight, head.weight.device.type

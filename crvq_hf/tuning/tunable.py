@@ -124,11 +124,11 @@ class TunableLinear(nn.Module):
         scales = self.start_scales * self.relative_scales
         served = self.groups, self.pieces, self.first_piece
         tokens = x.to(dtype).flatten(0, -2)
-        y = _QuantizedProduct.apply(tokens, self._rounded(), scales, self.codes, self.channel_order, served)
+        y = _QuantizedProduct.apply(tokens, self.rounded(), scales, self.codes, self.channel_order, served)
         y = y.view(*x.shape[:-1], y.shape[-1])  # also where no token came by
         return y if self.bias is None else y + self.bias.to(dtype)
 
-    def _rounded(self) -> Tensor:
+    def rounded(self) -> Tensor:
         """Returns the codebooks as they will be stored, with the gradient of those that are tuned (straight-through).
 
         What int8 takes away is then part of what is tuned, instead of an error at the end.

@@ -44,8 +44,13 @@ class StoredNames:
         """Returns the names in a checkpoint, given all of its tensors by name.
 
         Raises:
-            ValueError: nothing is quantized, or a tensor is missing.
+            ValueError: nothing is quantized, a tensor is missing, or embeddings are in codes.
         """
+        if config.has_coded_embeddings:
+            raise ValueError(
+                f"vLLM cannot run embeddings of {config.embedding_bits:g} bits, only of 8 or 16; serve this model "
+                "with `crvq serve`, or quantize it again with another embedding_bits."
+            )
         quantized = quantized_modules(tensors)
         if not quantized:
             raise ValueError(

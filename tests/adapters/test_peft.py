@@ -152,6 +152,9 @@ def random_lora(**fields):
         ("llama", {"tie_word_embeddings": True}, {"target_modules": "all-linear", "trainable_token_indices": [3, 5]}),
         ("llama", {"tie_word_embeddings": True}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
         ("llama", {"embedding_bits": 16}, {"target_modules": ["q_proj"], "modules_to_save": ["mlp", "lm_head"]}),
+        ("llama", {"embedding_bits": 2.5}, {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
+        ("gemma3_text", {"embedding_bits": 2.5}, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
+        ("llama", {"embedding_bits": 2.5}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )

@@ -23,7 +23,7 @@ def quantized(pipeline):
     return make
 
 
-@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("bits", [2.5, 8, 16])
 @pytest.mark.parametrize("architecture", ["qwen3_5", "qwen3_5_moe"])
 def test_a_vision_language_model_loads_as_its_text_model(quantized, tokens, tmp_path, caplog, architecture, bits):
     model = quantized(architecture, embedding_bits=bits)
@@ -43,18 +43,20 @@ def test_a_vision_language_model_loads_as_its_text_model(quantized, tokens, tmp_
     torch.testing.assert_close(run(dense, tokens), run(model, tokens), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("bits", [2.5, 8])
 @pytest.mark.parametrize("architecture", ["qwen3_omni_moe_thinker", "qwen3_vl_moe", "deepseek_ocr2"])
-def test_models_that_initialize_or_rename_what_is_right(quantized, tokens, tmp_path, architecture):
-    model = quantized(architecture, embedding_bits=8)
+def test_models_that_initialize_or_rename_what_is_right(quantized, tokens, tmp_path, architecture, bits):
+    model = quantized(architecture, embedding_bits=bits)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(run(loaded, tokens), run(model, tokens))
 
 
+@pytest.mark.parametrize(("bits", "kind"), [(2.5, "CodedEmbedding"), (8, "Int8Embedding")])
 @pytest.mark.parametrize("architecture", ["qwen3_vl", "glm4v", "gemma4"])
-def test_embeddings_of_models_with_a_vision_tower(quantized, tokens, tmp_path, architecture):
-    model = quantized(architecture, embedding_bits=8)
-    assert type(model.get_input_embeddings()).__name__ == "Int8Embedding"
+def test_embeddings_of_models_with_a_vision_tower(quantized, tokens, tmp_path, architecture, bits, kind):
+    model = quantized(architecture, embedding_bits=bits)
+    assert type(model.get_input_embeddings()).__name__ == kind
     with pytest.raises(ValueError, match="cannot be resized"):
         model.resize_token_embeddings(999)
     model.save_pretrained(tmp_path)

@@ -25,9 +25,9 @@ FAST = {"dataset": None, "block_finetune_epochs": 0, "e2e_finetune_epochs": 0}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders with a whole and a sharded checkpoint, 16-bit and tied 8-bit embeddings."""
+    """Folders with a whole and two sharded checkpoints, 16-bit, tied 8-bit and tied 2.5-bit embeddings."""
     folder = tmp_path_factory.mktemp("verify")
-    for name, bits, tied in (("whole", 16, False), ("sharded", 8, True)):
+    for name, bits, tied in (("whole", 16, False), ("sharded", 8, True), ("coded", 2.5, True)):
         work_dir = folder / f"{name}.work"
         config = CRVQConfig(**FAST, embedding_bits=bits, work_dir=work_dir)
         model = quantize_model(tiny_model(tie_word_embeddings=tied), config=config)
@@ -35,7 +35,7 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["whole", "sharded"])
+@pytest.fixture(params=["whole", "sharded", "coded"])
 def saved(request, models, tmp_path):
     """A copy of a checkpoint that a test may spoil."""
     return shutil.copytree(models / request.param, tmp_path / "saved")

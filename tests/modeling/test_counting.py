@@ -11,8 +11,15 @@ def counts(model) -> list[int]:
     return [part.num_parameters(exclude_embeddings=exclude) for part in models for exclude in (False, True)]
 
 
+TIED = {"tie_word_embeddings": True}
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe"])
-@pytest.mark.parametrize("options", [{}, {"embedding_bits": 16}, {"tie_word_embeddings": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"embedding_bits": 16}, TIED, {"embedding_bits": 2.5}, TIED | {"embedding_bits": 2.5}],
+    ids=str,
+)
 def test_as_many_as_the_dense_model(architecture, options):
     model = quantized_model(architecture, **options)
     found, copied = counts(model), copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""Embeddings and heads in 8 bits: what they compute, that they stay tied, and every way of saving and loading them."""
+"""Embeddings and heads in 8 bits and fewer: what they compute, ties, and every way of saving and loading them."""
 
 import copy
 import json
@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.checkpoint.info import read_info
 from crvq_hf.commands.info import describe
-from crvq_hf.modeling.embedding import Int8Embedding, Int8Head
+from crvq_hf.modeling.coded import CodedEmbedding, CodedHead
+from crvq_hf.modeling.embedding import Int8Embedding, Int8Head, Rows
 from crvq_hf.modeling.rows import quantize_rows
 
 pytestmark = pytest.mark.usefixtures("pipeline")
@@ -32,6 +33,16 @@ CASES = {
     "phi": {},
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
+
+
+@pytest.fixture(params=[8, 2.5], ids="{} bits".format)
+def quantized(request):
+    """The config of each kind of quantized rows."""
+    return CRVQConfig(dataset=None, embedding_bits=request.param)
+
+
+def classes(config) -> tuple[type, type]:
+    return (CodedEmbedding, CodedHead) if config.has_coded_embeddings else (Int8Embedding, Int8Head)
 
 
 @pytest.fixture
@@ -81,43 +92,43 @@ def test_rows_that_do_not_fit_are_refused(value):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_model_computes_what_its_dequantized_embeddings_say(make, tokens, case):
-    model = quantize_model(make(case), config=EIGHT)
-    assert isinstance(model.get_input_embeddings(), Int8Embedding)
-    assert isinstance(model.get_output_embeddings(), Int8Head)
+def test_model_computes_what_its_dequantized_embeddings_say(quantized, make, tokens, case):
+    model = quantize_model(make(case), config=quantized)
+    assert (type(model.get_input_embeddings()), type(model.get_output_embeddings())) == classes(quantized)
     assert model.dtype == torch.float32
     found = logits(model, tokens)
     dense = copy.deepcopy(model).dequantize()
-    assert not any(isinstance(module, (Int8Embedding, Int8Head)) for module in dense.modules())
+    assert not any(isinstance(module, Rows) for module in dense.modules())
     torch.testing.assert_close(logits(dense, tokens), found, rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_comes_back_bit_equal(make, tokens, tmp_path, case, dtype):
-    model = quantize_model(make(case, dtype), config=EIGHT)
+def test_comes_back_bit_equal(quantized, make, tokens, tmp_path, case, dtype):
+    model = quantize_model(make(case, dtype), config=quantized)
     expected = logits(model, tokens)
     for folder in (tmp_path / "once", tmp_path / "twice"):
         model.save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder)
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        assert isinstance(embedding, Int8Embedding) and isinstance(head, Int8Head)
+        assert (type(embedding), type(head)) == classes(quantized)
         assert not any(p.requires_grad for part in (embedding, head) for p in part.parameters())
         assert model.dtype == embedding.weight_row_scale.dtype == dtype
         assert torch.equal(logits(model, tokens), expected)
     assert_equal_checkpoints(tmp_path / "once", tmp_path / "twice")
 
 
-def test_tied_rows_are_stored_once_and_stay_tied(make, tmp_path):
-    model = quantize_model(make("llama tied"), config=EIGHT)
+def test_tied_rows_are_stored_once_and_stay_tied(quantized, make, tmp_path):
+    model = quantize_model(make("llama tied"), config=quantized)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert not [name for name in stored if name.startswith("lm_head")]
-    assert stored["model.embed_tokens.weight"].dtype == torch.int8
+    assert stored["model.embed_tokens.weight"].dtype == classes(quantized)[0].numbers
     assert stored["model.embed_tokens.weight_row_scale"].dtype == torch.float16
     for tied in (model, AutoModelForCausalLM.from_pretrained(tmp_path), copy.deepcopy(model), model.bfloat16()):
         assert tied.lm_head.weight is tied.model.embed_tokens.weight
-        assert tied.lm_head.weight_row_scale is tied.model.embed_tokens.weight_row_scale
+        for name in tied.lm_head.companions:
+            assert tied.lm_head.get_parameter(name) is tied.model.embed_tokens.get_parameter(name)
     state = model.state_dict()
     assert model.load_state_dict(state) and "lm_head.weight_row_scale" not in state
     dense = model.dequantize()
@@ -125,33 +136,35 @@ def test_tied_rows_are_stored_once_and_stay_tied(make, tmp_path):
     assert dense.lm_head.weight is dense.model.embed_tokens.weight
 
 
-def test_untied_head_has_rows_of_its_own(make, tmp_path):
-    model = quantize_model(make("llama"), config=EIGHT)
+def test_untied_head_has_rows_of_its_own(quantized, make, tmp_path):
+    model = quantize_model(make("llama"), config=quantized)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    assert stored["lm_head.weight"].dtype == torch.int8 and stored["lm_head.weight_row_scale"].shape == (64,)
+    assert stored["lm_head.weight"].dtype == classes(quantized)[0].numbers and stored[
+        "lm_head.weight_row_scale"
+    ].shape == (64,)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not loaded.lm_head.tied and loaded.lm_head.weight is not loaded.model.embed_tokens.weight
 
 
-def test_position_embeddings_and_biases_stay(make, tmp_path):
-    gpt2 = quantize_model(make("gpt2"), config=EIGHT)
+def test_position_embeddings_and_biases_stay(quantized, make, tmp_path):
+    gpt2 = quantize_model(make("gpt2"), config=quantized)
     assert type(gpt2.transformer.wpe) is torch.nn.Embedding
     phi = make("phi")
     bias = torch.nn.init.normal_(phi.lm_head.bias).detach().clone()
-    quantize_model(phi, config=EIGHT).save_pretrained(tmp_path)
+    quantize_model(phi, config=quantized).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(loaded.lm_head.bias, bias.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", ["llama tied", "gemma3_text"])
-def test_dtype_of_loading(make, tokens, tmp_path, case, dtype):
-    model = quantize_model(make(case), config=EIGHT)
+def test_dtype_of_loading(quantized, make, tokens, tmp_path, case, dtype):
+    model = quantize_model(make(case), config=quantized)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.dtype == dtype and logits(loaded, tokens).dtype == dtype
-    assert loaded.get_input_embeddings().weight.detach().dtype == torch.int8
+    assert loaded.get_input_embeddings().weight.detach().dtype == classes(quantized)[0].numbers
     with torch.no_grad():
         moved = model.to(dtype).get_input_embeddings()
         assert torch.equal(loaded.get_input_embeddings()(tokens), moved(tokens))
@@ -189,20 +202,20 @@ def test_info_counts_the_bytes(make, tmp_path):
     assert "in 8 bits" not in describe(read_info(str(tmp_path / "16")))
 
 
-def test_other_heads_and_the_base_model(make, tokens, tmp_path):
-    model = quantize_model(make("llama"), config=EIGHT)
+def test_other_heads_and_the_base_model(quantized, make, tokens, tmp_path):
+    model = quantize_model(make("llama"), config=quantized)
     model.save_pretrained(tmp_path)
     base = AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(base(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
     assert type(classifier.score) is torch.nn.Linear
-    assert isinstance(classifier.model.embed_tokens, Int8Embedding)
+    assert type(classifier.model.embed_tokens) is classes(quantized)[0]
 
 
 @pytest.mark.parametrize("case", ["llama", "llama tied"])
-def test_state_dict_without_files(make, tokens, tmp_path, case):
-    model = quantize_model(make(case), config=EIGHT)
+def test_state_dict_without_files(quantized, make, tokens, tmp_path, case):
+    model = quantize_model(make(case), config=quantized)
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     loaded = type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
@@ -210,8 +223,29 @@ def test_state_dict_without_files(make, tokens, tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["llama", "llama tied"])
-def test_sharded_and_on_disk(make, tokens, tmp_path, case):
-    model = quantize_model(make(case), config=EIGHT)
+def test_another_state_is_loaded(quantized, make, tokens, case):
+    model, other = (quantize_model(make(case), config=quantized) for _ in range(2))
+    assert not torch.equal(logits(model, tokens), expected := logits(other, tokens))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(logits(model, tokens), expected)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama tied"])
+def test_transforms_and_traces(quantized, make, tokens, case):
+    model = quantize_model(make(case), config=quantized)
+    embedding, head, x = model.model.embed_tokens, model.lm_head, torch.randn(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(embedding)(tokens), embedding(tokens))
+        torch.testing.assert_close(torch.func.vmap(head)(x), head(x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.jit.trace(head, x)(x), head(x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.jit.trace(embedding, tokens)(tokens), embedding(tokens))
+    jacobian = torch.func.jacrev(head)(x[0])
+    torch.testing.assert_close(jacobian, head.dequantize(torch.float32), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama tied"])
+def test_sharded_and_on_disk(quantized, make, tokens, tmp_path, case):
+    model = quantize_model(make(case), config=quantized)
     model.save_pretrained(tmp_path, max_shard_size="3KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     device_map = {"model.embed_tokens": "disk", "lm_head": "disk", "model.layers": "cpu", "model.norm": "cpu"}
@@ -232,8 +266,8 @@ def test_sharded_and_on_disk(make, tokens, tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["llama tied", "gpt2"])
-def test_resizing_is_refused_until_dequantized(make, tmp_path, case):
-    model = quantize_model(make(case), config=EIGHT)
+def test_resizing_is_refused_until_dequantized(quantized, make, tmp_path, case):
+    model = quantize_model(make(case), config=quantized)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for one in (model, loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
@@ -261,8 +295,8 @@ def test_an_embedding_that_computes_something_else_stays_with_its_tied_head(make
     assert model.resize_token_embeddings(70).weight.shape == (70, 32)
 
 
-def test_generate_and_compile(make, tokens):
-    model = quantize_model(make("llama tied"), config=EIGHT)
+def test_generate_and_compile(quantized, make, tokens):
+    model = quantize_model(make("llama tied"), config=quantized)
     cached = model.generate(tokens[:1], max_new_tokens=4, do_sample=False)
     assert torch.equal(
         model.generate(tokens[:1], max_new_tokens=4, do_sample=False, cache_implementation="static"), cached
@@ -283,8 +317,8 @@ def checks_dtypes(program, inputs):
     return program.forward
 
 
-def test_compiled_code_is_told_the_dtype_of_the_model(make):
-    head = quantize_model(make("llama tied"), config=EIGHT).lm_head
+def test_compiled_code_is_told_the_dtype_of_the_model(quantized, make):
+    head = quantize_model(make("llama tied"), config=quantized).lm_head
     x = torch.randn(2, 32, dtype=torch.float64)
 
     def cast(x):  # as the code of several models does
@@ -332,22 +366,22 @@ def test_rows_without_the_config_saying_so(make, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["llama", "llama tied", "gpt2"])
-def test_weights_say_the_dtype_of_the_model(make, tokens, tmp_path, case):
+def test_weights_say_the_dtype_of_the_model(quantized, make, tokens, tmp_path, case):
     """Mamba 2, xLSTM and others cast hidden states to `lm_head.weight.dtype`."""
-    model = quantize_model(make(case, torch.bfloat16), config=EIGHT)
+    model = quantize_model(make(case, torch.bfloat16), config=quantized)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for one in (model, loaded, copy.deepcopy(model), model.to(torch.float32), pickle.loads(pickle.dumps(loaded))):
         for part in (one.get_input_embeddings(), one.get_output_embeddings()):
             assert part.weight.dtype == part.weight_row_scale.dtype == one.dtype
-            assert part.weight.detach().dtype == torch.int8
+            assert part.weight.detach().dtype == classes(quantized)[0].numbers
             rows = part.to_dense(one.dtype).weight
             for index in (3, (3, slice(None)), torch.tensor([2, 5]), slice(1, 4), (slice(None), slice(2, 4))):
                 assert torch.equal(part.weight[index], rows[index])
             assert torch.zeros(1, dtype=torch.float64).to(part.weight.dtype).dtype == one.dtype
         assert logits(one, tokens).dtype == one.dtype
     assert {tensor.dtype for name, tensor in loaded.state_dict().items() if "embed" in name} <= {
-        torch.int8, torch.float16, torch.bfloat16,
+        torch.int8, torch.uint8, torch.int32, torch.float16, torch.bfloat16,
     }  # fmt: skip
 
 

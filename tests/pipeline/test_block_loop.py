@@ -92,6 +92,8 @@ def test_the_report_counts_stored_bytes(architecture, quantize):
     assert report["bits_per_weight"] == pytest.approx(bits / weights)
     assert report["calibration_tokens"] == 96 and report["e2e_tokens"] == 160
     assert report["activation_bytes"] == (96 + 160) * 32 * 4
+    passed = {phase: speed * report["seconds"][phase] for phase, speed in report["tokens_per_second"].items()}
+    assert passed == pytest.approx({"hessians": 96, "block fine-tuning": 96, "end-to-end fine-tuning": 160})
     assert report["peak_memory_bytes"] > 10**7 and report["e2e_loss"].keys() == {"first", "last"}
     assert all(seconds >= 0 for seconds in report["seconds"].values())
     assert json.loads(json.dumps(report)) == report
@@ -168,6 +170,7 @@ def test_without_calibration_only_weights_count(quantize, monkeypatch):
     assert len(seen) == 14 and all(torch.equal(hessian, torch.eye(len(hessian))) for hessian in seen)
     report = model.crvq_report
     assert report["calibration_tokens"] == report["activation_bytes"] == 0 and report["e2e_loss"] is None
+    assert report["tokens_per_second"] == {}
     for name, layer in quantized_layers(model).items():
         weight = original.get_submodule(name).weight.detach()
         error = (layer.dequantize(torch.float32) - weight).square().sum() / weight.square().sum()

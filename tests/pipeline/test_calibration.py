@@ -311,3 +311,49 @@ def test_a_file_named_like_a_dataset_is_that_file(model, tokenizer, tmp_path, mo
     (tmp_path / "c4").write_text(TEXT, encoding="utf-8")
     assert calibration_tokens(model, tokenizer, config(dataset="c4")).shape == (5, 16)
     assert not calls
+
+
+def write_words(folder, **lengths) -> None:
+    """Writes files of one word each, named after it."""
+    for word, length in lengths.items():
+        (folder / f"{word}.txt").write_text(f"{word} " * length)
+
+
+def shares_of(tokens, tokenizer) -> list[str]:
+    """Returns of which file each sequence is."""
+    texts = [tokenizer.decode(row) for row in tokens]
+    return [next(word for word in ("fox", "dog", "jugs") if word in text) for text in texts]
+
+
+def test_a_mixture_by_shares_of_sequences(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_words(tmp_path, fox=4000, dog=4000, jugs=4000)
+    mixture = "fox.txt:0.5,dog.txt:0.3,jugs.txt:0.2"
+    tokens = calibration_tokens(model, tokenizer, config(dataset=mixture, nsamples=20, e2e_finetune_epochs=1))
+    words = shares_of(tokens, tokenizer)
+    assert len(words) == 120  # as many as end-to-end fine-tuning wants
+    for number in (10, 20, 50, 120):  # the blocks take the first of them
+        assert [words[:number].count(word) / number for word in ("fox", "dog", "jugs")] == [0.5, 0.3, 0.2]
+    assert torch.equal(tokens, calibration_tokens(model, tokenizer, config(dataset=mixture, nsamples=120)))
+    with_self = calibration_tokens(model, tokenizer, config(dataset="self:1,fox.txt:3", nsamples=8))
+    assert ["fox" in tokenizer.decode(row) for row in with_self].count(True) == 6
+
+
+def test_a_mixture_one_of_whose_texts_is_short(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_words(tmp_path, fox=4000, dog=100)
+    fields = {"dataset": "fox.txt:0.75,dog.txt:0.25", "nsamples": 8}
+    available = len(all_tokens(tokenizer, "dog " * 100)) // 16
+    tokens = calibration_tokens(model, tokenizer, config(**fields, e2e_finetune_epochs=1))
+    words = shares_of(tokens, tokenizer)
+    assert words.count("dog") == available and 3 * available <= words.count("fox") <= 3 * available + 3
+    with pytest.raises(
+        ValueError, match=r"dog.txt has \d+ tokens, but nsamples=80 of seqlen=16 with a share of 0.25 need"
+    ):
+        calibration_tokens(model, tokenizer, config(**fields | {"nsamples": 80}))
+
+
+def test_thousands_of_sequences(model, tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT * 120)
+    tokens = calibration_tokens(model, tokenizer, config(dataset=tmp_path / "text.txt", nsamples=4000))
+    assert tokens.shape == (4000, 16)

@@ -15,7 +15,7 @@ from whole_models import FIELDS, OFF, equal_state, make, quantized_layers, use_s
 
 from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.pipeline import block_loop as pipeline
-from crvq_hf.pipeline import quantize_block
+from crvq_hf.pipeline import quantize_block, tables
 from crvq_hf.pipeline.fingerprint import run_fingerprint
 from crvq_hf.pipeline.run import Run
 from crvq_hf.resources.workfolder import WorkFolder
@@ -73,7 +73,7 @@ def run_until_killed(work: str, name: str, count: int, calls: str) -> None:
         return fit_weight(*args, **fields)
 
     WorkFolder.save, quantize_block.fit_weight = save_and_die, note
-    quantize_model(killed_model(), None, CRVQConfig(**FIELDS, work_dir=work))
+    quantize_model(killed_model(), None, CRVQConfig(**FIELDS, embedding_bits=2.5, work_dir=work))
 
 
 def killed_model():
@@ -96,12 +96,13 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, quantize, monkeypatch
     assert [len(file.read_text().splitlines()) for file in calls] == [7, 14]
     steps, loss = [], end_to_end.distillation_loss
     monkeypatch.setattr(end_to_end, "distillation_loss", lambda *args: steps.append(1) or loss(*args))
-    whole = quantize(killed_model(), "whole")
+    whole = quantize(killed_model(), "whole", embedding_bits=2.5)
     assert len(steps) == 5  # an epoch of five batches
     monkeypatch.setattr(quantize_block, "fit_weight", None)
+    monkeypatch.setattr(tables, "fit_table", None)
     call_block, ran = Run.call_block, []
     monkeypatch.setattr(Run, "call_block", lambda *args: ran.append(args[1]) or call_block(*args))
-    resumed = quantize(killed_model(), "killed")
+    resumed = quantize(killed_model(), "killed", embedding_bits=2.5)
     assert len(steps) == 5 + 3
     assert ran == [0] * 3 + [1] * 3 + [2] * 3  # only the full-precision model, for the targets
     assert equal_state(whole, resumed)

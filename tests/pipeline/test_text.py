@@ -3,6 +3,8 @@
 import gzip
 import json
 import sys
+import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
 from crvq_hf import CRVQConfig
-from crvq_hf.config import shareable_dataset, split_field
+from crvq_hf.dataset.grammar import shareable_dataset, split_field
 from crvq_hf.evaluation.perplexity import perplexity, read_text_tokens
 from crvq_hf.pipeline import text as reading
 from crvq_hf.pipeline.calibration import calibration_tokens
@@ -180,6 +182,27 @@ def test_drawn_tokens_come_from_all_over_the_text(tokenizer, monkeypatch):
     assert all(100 <= len(tokens) < len(whole) and not all_of_it for tokens, all_of_it in few)
     assert torch.equal(few[0][0], few[1][0]) and len({tuple(tokens.tolist()) for tokens, _ in few}) > 1
     assert reading._cut("a" * 25, 10) == ["a" * 10, "a" * 10, "a" * 5]
+
+
+def test_a_text_is_drawn_alike_however_it_is_read(tokenizer, monkeypatch):
+    monkeypatch.setattr(reading, "_WHOLE", 100)
+    for most, step in ((50, 1), (300, 37), (10**6, 5000)):
+        parts = [TEXT[i : i + step] for i in range(0, len(TEXT), step)]
+        expected, all_of_it = drawn_tokens(tokenizer, TEXT, most, 8, 3)
+        found, is_all = drawn_tokens(tokenizer, partial(iter, parts), most, 8, 3)
+        assert torch.equal(found, expected) and is_all == all_of_it == (most == 10**6)
+
+
+def test_a_long_text_is_not_held(tokenizer):
+    def read():
+        return (TEXT for _ in range(3000))
+
+    tracemalloc.start()
+    found, is_all = drawn_tokens(tokenizer, read, 2000 * 16, 16, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found) >= 2000 * 16 and not is_all
+    assert len(TEXT) * 3000 > 10e6 and peak < 3e6
 
 
 def test_tokens_of_another_model_are_refused(tokenizer):

@@ -25,6 +25,7 @@ from crvq_hf.tuning import end_to_end
 pytestmark = pytest.mark.usefixtures("precision", "quiet")
 
 HERE = Path(__file__).parent
+SETTINGS = FIELDS | {"embedding_bits": 2.5}
 
 
 # The arithmetic of sharing
@@ -234,7 +235,7 @@ def in_process(folder: Path, rank: int, name: str, arguments: tuple) -> int:
 def quantized(folder: Path, architecture: str, work: str, **fields) -> None:
     """Quantizes, and leaves what each process has."""
     model = make(architecture)
-    quantize_model(model, None, CRVQConfig(**FIELDS | fields, work_dir=folder / work))
+    quantize_model(model, None, CRVQConfig(**SETTINGS | fields, work_dir=folder / work))
     torch.save(model.state_dict(), folder / f"model{distributed.rank()}.pt")
     (folder / f"report{distributed.rank()}.json").write_text(json.dumps(model.crvq_report))
 
@@ -255,7 +256,7 @@ def alone(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield lambda architecture, **fields: quantize_model(
-        make(architecture), None, CRVQConfig(**FIELDS | fields, work_dir=tmp_path / "alone")
+        make(architecture), None, CRVQConfig(**SETTINGS | fields, work_dir=tmp_path / "alone")
     )
     torch.set_num_threads(threads)
 

@@ -101,7 +101,8 @@ def test_such_models_are_quantized_and_come_back(reading, quantize, tokens, use,
     ("use", "kept"),
     [(lambda w: w.dtype, False), (lambda w: w.shape, False), (lambda w: w[1], False), (lambda w: w * 1, True)],
 )
-def test_heads_and_embeddings(make_model, caplog, use, kept):
+@pytest.mark.parametrize(("bits", "kind"), [(8, "Int8"), (2.5, "Coded")])
+def test_heads_and_embeddings(make_model, caplog, use, kept, bits, kind):
     """Their dtype is answered; if their numbers are read, they stay as they are."""
     model = make_model("llama", tie_word_embeddings=False)
     model.lm_head.register_forward_pre_hook(lambda module, args: None)
@@ -109,15 +110,17 @@ def test_heads_and_embeddings(make_model, caplog, use, kept):
     model.forward = lambda *args, **kwargs: (use(model.lm_head.weight), forward(*args, **kwargs))[1]
     rows = {"lm_head": model.lm_head, "model.embed_tokens": model.model.embed_tokens}
     assert try_out(model, {}, rows).read == ({"lm_head"} if kept else set())
-    quantize_model(model, config=CRVQConfig(dataset=None, nbits_per_codebook=4, embedding_bits=8))
-    assert (type(model.lm_head) is nn.Linear) == kept and type(model.model.embed_tokens).__name__ == "Int8Embedding"
+    quantize_model(model, config=CRVQConfig(dataset=None, nbits_per_codebook=4, embedding_bits=bits))
+    assert (type(model.lm_head) is nn.Linear) == kept
+    assert type(model.model.embed_tokens).__name__ == f"{kind}Embedding"
 
 
+@pytest.mark.parametrize(("bits", "kind"), [(8, "Int8Head"), (2.5, "CodedHead")])
 @pytest.mark.parametrize("architecture", ["mamba2", "xlstm", "hy_v4"])
-def test_logits_of_models_that_ask_their_head_for_its_dtype(pipeline, tokens, architecture):
+def test_logits_of_models_that_ask_their_head_for_its_dtype(pipeline, tokens, architecture, bits, kind):
     model = tiny_model(architecture, AutoModelForCausalLM)
-    quantize_model(model, config=CRVQConfig(dataset=None, nbits_per_codebook=4, embedding_bits=8))
-    assert type(model.lm_head).__name__ == "Int8Head"
+    quantize_model(model, config=CRVQConfig(dataset=None, nbits_per_codebook=4, embedding_bits=bits))
+    assert type(model.lm_head).__name__ == kind
     with torch.no_grad():
         found = model(tokens, use_cache=False).logits
         dense = model.dequantize()(tokens, use_cache=False).logits

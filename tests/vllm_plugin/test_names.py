@@ -60,6 +60,11 @@ def test_renamed():
     assert names.renamed(Prefix("lm_head.", "language_model.lm_head.")).rows == {"language_model.lm_head"}
 
 
+def test_embeddings_in_codes_are_refused():
+    with pytest.raises(ValueError, match=r"vLLM cannot run embeddings of 2.5 bits.*crvq serve"):
+        StoredNames.of_checkpoint({}, CRVQConfig(embedding_bits=2.5))
+
+
 @pytest.mark.parametrize(
     ("rows", "others", "embedding", "head"),
     [

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, FeatureExtractionMixin, ProcessorMixin
 
-from ..blocks.rehearsal import SOUND
-from ..blocks.runner import Inputs
-
+SOUND = ("input_features", "input_values")  # what models that hear call what they hear
 ENDS = (".wav", ".flac", ".ogg", ".mp3")
 # Of each file; what speech models hear at once.
 _MOST_SECONDS = 30
@@ -50,7 +48,7 @@ def sound_files(dataset: Any) -> list[Path] | None:
     return [Path(item) for item in items]
 
 
-def hear(files: list[Path], model: nn.Module, tokenizer: Any, options: dict[str, Any]) -> list[Inputs]:
+def hear(files: list[Path], model: nn.Module, tokenizer: Any, options: dict[str, Any]) -> list[dict[str, Tensor]]:
     """Returns what a model is given of each sound file, the first 30 seconds of it.
 
     Args:

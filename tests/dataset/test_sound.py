@@ -12,10 +12,10 @@ from whole_models import OFF, quantized_layers
 from crvq_hf import CRVQConfig
 from crvq_hf.checkpoint.sources import load
 from crvq_hf.commands.convert import convert
-from crvq_hf.config import shareable_dataset
+from crvq_hf.dataset.grammar import shareable_dataset
+from crvq_hf.dataset.sound import hear, read_sound, resampled, sound_files
 from crvq_hf.pipeline.fingerprint import dataset_fingerprint
 from crvq_hf.pipeline.samples import given_samples
-from crvq_hf.pipeline.sound import hear, read_sound, resampled, sound_files
 
 pytestmark = pytest.mark.usefixtures("precision", "quiet")
 
@@ -38,7 +38,7 @@ def test_a_tone_is_heard_at_any_rate(rate, channels, width, tmp_path):
 
 
 def test_only_the_first_seconds_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("crvq_hf.pipeline.sound._MOST_SECONDS", 1)
+    monkeypatch.setattr("crvq_hf.dataset.sound._MOST_SECONDS", 1)
     write_wave(tmp_path / "a.wav", 440, seconds=2)
     assert len(read_sound(tmp_path / "a.wav")[0]) == 16000
 
