@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
+from ..blocks.absent import any_absent
 from ..checkpoint.sources import load_tokenizer
 from ..config import CRVQConfig, has_samples, split_field
 from ..resources import distributed
@@ -46,6 +47,11 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> 
     if longest is not None and config.seqlen > longest:
         raise ValueError(f"seqlen={config.seqlen} is more than the {longest} tokens the model takes; lower seqlen.")
     if config.dataset == "self":
+        if any_absent(model):
+            raise ValueError(
+                f"The weights of {type(model).__name__} do not fit in memory, and to write a token it would read all "
+                "of them, so it cannot write its own calibration text; give dataset the path of a text file."
+            )
         with moved_if_it_fits(model, compute_device(config.device)):
             return self_written_tokens(model, num_sequences(config), config.seqlen, config.seed)
     if tokenizer is None:
@@ -199,10 +205,10 @@ def _plain_sampling(model: nn.Module):
 
 @contextmanager
 def moved_if_it_fits(model: nn.Module, device: torch.device):
-    """Has the whole model on `device` while inside, unless that has too little free memory."""
+    """Has the whole model on `device` while inside, unless that has too little free memory, or the CPU has."""
     home = model.device
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    if device.type == home.type or size > _MEMORY_SHARE * distributed.free_memory_bytes(device):
+    if any_absent(model) or device.type == home.type or size > _MEMORY_SHARE * distributed.free_memory_bytes(device):
         yield
         return
     model.to(device)

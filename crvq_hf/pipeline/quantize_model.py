@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from ..blocks.absent import is_absent
 from ..checkpoint.sources import known_options
 from ..config import CRVQConfig, shareable_dataset
 from ..modeling.embedding import Int8Embedding, Int8Head, quantize_embeddings_
@@ -53,7 +54,8 @@ def quantize_model(
         raise ValueError(
             f"{type(model).__name__} is already quantized ({model.quantization_method}); start from the dense model."
         )
-    devices = {str(parameter.device) for parameter in model.parameters()}
+    absent = {id(p) for module in model.modules() if is_absent(module) for p in module.parameters()}
+    devices = {str(parameter.device) for parameter in model.parameters() if id(parameter) not in absent}
     if len(devices) > 1 or devices == {"meta"}:
         raise ValueError(
             f"The model to quantize must be on one device, found it on {sorted(devices)}; "
