@@ -34,6 +34,7 @@ ROOMS = {
         "tuning",
         "checkpoint",
         "selection",
+        "planning",
         "pipeline",
         "generation",
         "evaluation",

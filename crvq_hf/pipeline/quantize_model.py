@@ -22,6 +22,7 @@ from ..selection.choice import choose_layers, dense_share
 from ..selection.stacked_weights import find_stacks
 from .block_loop import quantize_blocks_
 from .calibration import tokenizer_for
+from .plan import check_plan
 from .samples import SHORT, completed, given_samples
 
 
@@ -46,7 +47,7 @@ def quantize_model(
 
     Raises:
         ValueError: the model has adapters, is no transformers model, already quantized, spread over devices, or has
-            nothing to quantize.
+            nothing to quantize; or what it needs does not fit in memory or on the disk.
     """
     config = CRVQConfig() if config is None else config
     _check_plain(model)
@@ -93,6 +94,7 @@ def quantize_(
         samples = given_samples(model, tokenizer, config, options)
         tried = completed(model, samples[:1], SHORT, compute_device(config.device))
         config, dense_rows = choose_layers(model, config, *tried)
+        check_plan(model, config)
         quantize_blocks_(model, tokenizer, config, samples)
     except BaseException:
         mark_quantized(model, False)

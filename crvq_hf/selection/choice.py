@@ -57,7 +57,7 @@ def choose_layers(
     dense |= {name: "it chooses experts" for name in [*found.routing, *_named_routers(linears)]}
     linears = {name: module for name, module in linears.items() if name not in dense}
     spent = within_budget(config, map(linear_size, linears.values()))
-    costly = _costly(linears, spent)
+    costly = costly_layers(linears, spent)
     if costly:
         dense |= {name: f"codes would take more than {MOST_BITS} bits per weight" for name in costly}
         linears = {name: module for name, module in linears.items() if name not in costly}
@@ -115,7 +115,7 @@ def _named_routers(names: Iterable[str]) -> list[str]:
     return [name for name in names if any("router" in part for part in name.split("."))]
 
 
-def _costly(linears: dict[str, nn.Module], config: CRVQConfig) -> set[str]:
+def costly_layers(linears: dict[str, nn.Module], config: CRVQConfig) -> set[str]:
     """Returns the layers that would take more than `MOST_BITS`.
 
     In a toy all layers do, because of their codebooks. Where more than a few do, codebooks are not counted.
