@@ -9,7 +9,19 @@ USAGE = "usage: python -m benchmarks NAME [options]\n\nNAME --help has the optio
 # The folders and, by name, the scripts in them: each has `main(arguments)`, which returns the exit code or None for 0.
 SCRIPTS = {
     "quality": ("inputs", "perplexity", "peers", "studies"),
-    "speed": ("cpu", "cpu_model", "gpu", "gpu_head", "gpu_search", "gpu_tiles", "head", "imports", "memory", "vllm"),
+    "speed": (
+        "cpu",
+        "cpu_model",
+        "gpu",
+        "gpu_head",
+        "gpu_search",
+        "gpu_tiles",
+        "head",
+        "imports",
+        "memory",
+        "plan",
+        "vllm",
+    ),
     "checks": ("corruption", "ecosystem", "kills", "processes"),
 }
 FOLDERS = {name: folder for folder, names in SCRIPTS.items() for name in names}

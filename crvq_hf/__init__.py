@@ -5,7 +5,8 @@ loaded when a model is quantized.
 
 From the ground up: `algorithm` fits one layer, `quantized_weight` is what is stored of it, `config` has every knob,
 `dataset` what names calibration data.
-`modeling` are the layers of a quantized model, `resources` and `tuning` what `pipeline` needs to quantize a whole one.
+`modeling` are the layers of a quantized model, `resources` and `tuning` what `pipeline` needs to quantize a whole one,
+`planning` what that will take.
 `checkpoint` reads files, `generation` writes tokens, `evaluation` measures, `sharing` tells others. `quantizer`
 connects all that to transformers, `vllm` to vLLM, and `commands` to the command line. Imports go from the later to the
 earlier, which tests/test_layering.py checks.
@@ -25,12 +26,22 @@ from .moved import alias_moved_modules
 from .quantizer import register
 
 __version__ = "0.2.0"
-__all__ = ["CRVQConfig", "CRVQLinear", "QuantizedWeight", "decode", "quantize_model", "together", "write_report"]
+__all__ = [
+    "CRVQConfig",
+    "CRVQLinear",
+    "QuantizedWeight",
+    "decode",
+    "plan",
+    "quantize_model",
+    "together",
+    "write_report",
+]
 
 _LAZY = {
     "CRVQLinear": "crvq_hf.modeling.linear",
     "QuantizedWeight": "crvq_hf.quantized_weight",
     "decode": "crvq_hf.generation.loop",
+    "plan": "crvq_hf.pipeline.plan",
     "quantize_model": "crvq_hf.pipeline.quantize_model",
     "together": "crvq_hf.resources.distributed",
     "write_report": "crvq_hf.sharing.report",

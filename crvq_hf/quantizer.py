@@ -18,6 +18,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from .blocks.finding import find_block_lists
+from .checkpoint.blockwise import BlockFiles, LeftOut, files_if_large
 from .checkpoint.loading import check_loaded, match_checkpoint
 from .checkpoint.metadata import metadata_of
 from .checkpoint.sources import heard_options
@@ -56,6 +57,7 @@ class CRVQQuantizer(HfQuantizer):
     is_trainable = True  # adapters only
     is_compileable = True
     quantization_config: CRVQConfig
+    _files: BlockFiles | None = None  # of a dense model that is larger than memory, while it is loaded
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuses to spread a model over several devices where its layers are about to be replaced.
@@ -80,6 +82,14 @@ class CRVQQuantizer(HfQuantizer):
             return weight_conversions
         return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
 
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Returns whether a tensor is left in its file, which `get_quantize_ops` sees to."""
+        return self._files is not None and self._files.block_of(param_name) != ""
+
+    def get_quantize_ops(self) -> LeftOut:
+        """Returns what is done with such a tensor."""
+        return LeftOut()
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
@@ -92,6 +102,7 @@ class CRVQQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             find_block_lists(model)
+            self._files = files_if_large(model, checkpoint_files or [])
             self._loading_options = heard_options(model, checkpoint_files)
             return
         if checkpoint_files is None:  # a state dict was given, so there are no headers to ask
@@ -110,6 +121,9 @@ class CRVQQuantizer(HfQuantizer):
 
             model.__dict__.pop("adjust_generation_fn", None)  # where it was not called
             options = self.__dict__.pop("_loading_options", {})  # a token may be among them
+            if self._files is not None:
+                self._files.leave_(model)
+                self._files = None
             self.quantization_config = quantize_(model, self.quantization_config, options=options)
         else:
             check_loaded(model)

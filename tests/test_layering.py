@@ -35,6 +35,7 @@ ROOMS = {
         "tuning",
         "checkpoint",
         "selection",
+        "planning",
         "pipeline",
         "generation",
         "evaluation",

@@ -232,7 +232,16 @@ def test_registering_twice_and_reloading():
 
 def test_the_package_exports_lazily():
     assert crvq_hf.__version__ == "0.2.0"
-    names = {"CRVQConfig", "CRVQLinear", "QuantizedWeight", "decode", "quantize_model", "together", "write_report"}
+    names = {
+        "CRVQConfig",
+        "CRVQLinear",
+        "QuantizedWeight",
+        "decode",
+        "plan",
+        "quantize_model",
+        "together",
+        "write_report",
+    }
     assert names == set(crvq_hf.__all__)
     assert all(hasattr(crvq_hf, name) for name in crvq_hf.__all__)
     with pytest.raises(AttributeError, match="module 'crvq_hf' has no attribute 'nonsense'"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..dataset.sound import SOUND
+from .absent import present
 from .finding import find_block_lists, named_blocks
 from .runner import Arguments, BlockRunner, Inputs, Leaf, State, placed, replaced_forwards, run_on
 from .trees import hidden_of, map_tensors, tensors_of
@@ -70,15 +71,9 @@ def _rehearsed(runner: BlockRunner, records: list[_Record], names: list[str], is
     """Returns `runner` with what running its blocks one by one tells about them, compared with `records`."""
     states = [State(record.inputs) for record in records]
     for number, index in enumerate(runner.order):
-        for which, record in enumerate(records):
-            with _refusing(names[index]):
-                arguments = runner.arguments(index, states[which])
-                if record is records[-1]:
-                    runner.call(index, arguments)  # as it will be called more than once: that must change nothing
-                gave = runner.call(index, arguments)
-                _compare(hidden_of(gave.output), record.outputs[number])
-                states[which] = states[which].then(gave, runner.lists[index])
-        runner.has_gradients &= _has_gradient(runner, index, arguments)
+        with present(runner.blocks[index]):
+            arguments = _step(runner, number, states, records, names[index])
+            runner.has_gradients &= _has_gradient(runner, index, arguments)
         with _refusing(names[index]):
             runner.leaves[index] = _leaves(states[0], states[-1]) if is_text else _whole_leaves(states)
             for state in states:
@@ -95,6 +90,20 @@ def _rehearsed(runner: BlockRunner, records: list[_Record], names: list[str], is
     hidden = [hidden_of(gave.output) for gave in states[0].gaves]
     runner.positions = sum(h.numel() / h.shape[-1] for h in hidden) / _elements(states[0])
     return runner
+
+
+def _step(runner: BlockRunner, number: int, states: list[State], records: list[_Record], name: str) -> Arguments:
+    """Moves all states past the block that is run as the `number`-th, in place; returns what it was given last."""
+    index = runner.order[number]
+    for which, record in enumerate(records):
+        with _refusing(name):
+            arguments = runner.arguments(index, states[which])
+            if record is records[-1]:
+                runner.call(index, arguments)  # as it will be called more than once: that must change nothing
+            gave = runner.call(index, arguments)
+            _compare(hidden_of(gave.output), record.outputs[number])
+            states[which] = states[which].then(gave, runner.lists[index])
+    return arguments
 
 
 def _records(

@@ -27,6 +27,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..resources.device import compute_device
+from .blockwise import empty_model, load_if_large
 from .gguf import load_gguf
 
 logger = logging.getLogger("crvq")
@@ -153,7 +154,9 @@ def load_dense(
 ) -> tuple[PreTrainedModel, Any]:
     """Returns a dense model on the CPU, in the dtype it is stored in, and its tokenizer, None if it has none.
 
-    In place of the tokenizer it is the processor, where a model that also reads something else than text has one.
+    The blocks of a model that is large beside the free memory are absent, see `blocks.absent`; those of a GGUF file
+    are not. In place of the tokenizer it is the processor, where a model that also reads something else than text has
+    one.
 
     Args:
         source: folder or hub id.
@@ -167,6 +170,41 @@ def load_dense(
     options = options or {}
     if gguf_file is not None:
         return load_gguf(source, gguf_file, torch.bfloat16, options)
+    config = _dense_config(source, options)
+    kind = _class_of(config)
+    model, problem = load_if_large(kind, source, config, options), None
+    model = kind.from_pretrained(source, dtype="auto", **options) if model is None else model
+    for reader in (AutoTokenizer,) if kind is AutoModelForCausalLM else (AutoProcessor, AutoTokenizer):
+        try:
+            return model, reader.from_pretrained(source, **options)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            problem = problem or error
+    logger.warning("%s has no tokenizer that transformers can load: %s", source, problem)
+    return model, None
+
+
+def empty_dense(source: str, options: dict[str, Any] | None = None) -> PreTrainedModel:
+    """Returns a dense model on the meta device: its shapes alone, of which only the config is read.
+
+    Args:
+        source: folder or hub id.
+        options: loading options.
+
+    Raises:
+        ValueError, OSError: as `load_dense`.
+    """
+    check_source(source)
+    options = options or {}
+    config = _dense_config(source, options)
+    return empty_model(_class_of(config), config, config.dtype or torch.float32, options)
+
+
+def _dense_config(source: str, options: dict[str, Any]) -> PreTrainedConfig:
+    """Returns the config of a dense model.
+
+    Raises:
+        ValueError, OSError: as `load_dense`.
+    """
     where = {key: value for key, value in options.items() if key != "trust_remote_code"}
     if find_adapter_config_file(source, **where) is not None:
         raise ValueError(
@@ -178,15 +216,7 @@ def load_dense(
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
         raise ValueError(f"{source} is already quantized ({method}); start from the dense model.")
-    kind = _class_of(config)
-    model, problem = kind.from_pretrained(source, dtype="auto", **options), None
-    for reader in (AutoTokenizer,) if kind is AutoModelForCausalLM else (AutoProcessor, AutoTokenizer):
-        try:
-            return model, reader.from_pretrained(source, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            problem = problem or error
-    logger.warning("%s has no tokenizer that transformers can load: %s", source, problem)
-    return model, None
+    return config
 
 
 def _check_causal(source: str, options: dict[str, Any]) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.info import read_info
-from ..checkpoint.sources import load
+from ..checkpoint.sources import check_source, load, load_dense
 from ..config import FIELDS, CRVQConfig
 from ..evaluation.perplexity import SEQLEN, check_text, most_tokens, perplexity, read_text_tokens
 from ..evaluation.samples import PROMPTS, write_samples
 from ..pipeline.fingerprint import dataset_fingerprint
+from ..pipeline.plan import plan
 from ..resources import distributed
 from ..sharing.report import draw_if_possible, save_report
 from ..sharing.text import megabytes
@@ -30,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or hub id of a dense model")
     parser.add_argument("out", metavar="OUT", help="folder to make")
     parser.add_argument("--gguf-file", metavar="FILE", help="read this GGUF file of MODEL")
+    parser.add_argument("--plan", action="store_true", help="tell what it would need, and do nothing")
     add_loading_options(parser)
     add_config_options(parser)
     group = parser.add_argument_group("evaluation")
@@ -48,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
         fields["dataset"] = None
     with distributed.together(fields.get("device")):
         config, options = CRVQConfig(**fields), loading_options(args)
+        if args.plan:
+            return tell_plan(args.model, args.out, config, args.gguf_file, options)
         if args.evaluate is None:
             report = convert(args.model, args.out, config, args.gguf_file, options)
         else:
@@ -58,6 +62,19 @@ def run(args: argparse.Namespace) -> None:
     print(summary(report))
     wished = "" if config.fit is None else f" of {megabytes(config.fit)} to fit in,"
     print(f"{'checkpoint':<18} {megabytes(read_info(args.out).nbytes)}{wished} in {args.out}")
+
+
+def tell_plan(source: str, out: str, config: CRVQConfig, gguf_file: str | None, options: dict[str, Any]) -> None:
+    """Prints what quantizing would need, and a time; nothing is loaded, but from a GGUF file.
+
+    Raises:
+        ValueError: it does not fit, or there is no such model.
+    """
+    check_source(source)
+    config.work_dir = config.work_dir or f"{out}.work"
+    found = plan(load_dense(source, gguf_file, options)[0] if gguf_file else source, config, options)
+    print("\n".join(found.lines()))
+    found.check()
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
-from itertools import chain
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..blocks.absent import present
 from ..blocks.finding import named_blocks
 from ..config import FINEST_GROUP, CRVQConfig
 from ..quantized_weight import QuantizedWeight
@@ -46,13 +46,14 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
     multiple = FINEST_GROUP if config.has_budget else config.in_group_size
     linears, skipped = {}, {}
     blocks = named_blocks(model).items()
-    for name, module in chain.from_iterable(block.named_modules(prefix=path) for path, block in blocks):
+    modules = ((name, module, block) for path, block in blocks for name, module in block.named_modules(prefix=path))
+    for name, module, block in modules:
         if not is_dense_linear(module):
             continue
         in_features, _ = linear_size(module)
         if is_named_by(name, patterns):
             skipped[name] = "named in modules_to_not_convert"
-        elif type(module) not in (nn.Linear, Conv1D) and not _computes_like_linear(module):
+        elif type(module) not in (nn.Linear, Conv1D) and not _computes_like_linear(module, block):
             skipped[name] = f"its class {type(module).__name__} computes something else than nn.Linear"
         elif f"{name}.weight" in shared:
             skipped[name] = "its weight is shared with another module"
@@ -72,14 +73,18 @@ def is_dense_linear(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _computes_like_linear(module: nn.Linear) -> bool:
+def _computes_like_linear(module: nn.Linear, block: nn.Module) -> bool:
     """Returns whether a layer of a subclass computes what `nn.Linear` does, which is found by running it.
 
     On the meta device, where a checkpoint of codes is about to be loaded, it is taken to: the config of the checkpoint
     names what is dense.
     """
-    if module.weight.is_meta:
-        return True
+    with present(block):
+        return module.weight.is_meta or _runs_like_linear(module)
+
+
+def _runs_like_linear(module: nn.Linear) -> bool:
+    """Returns whether a layer with numbers does that."""
     if [name for name, _ in module.named_parameters() if name not in ("weight", "bias")] or [*module.buffers()]:
         return False
     x = torch.randn(2, 3, module.in_features, generator=torch.Generator().manual_seed(0))

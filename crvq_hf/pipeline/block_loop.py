@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from ..blocks.absent import bring_, present
 from ..blocks.finding import kind_of, named_blocks
 from ..blocks.rehearsal import rehearse
 from ..blocks.runner import BlockRunner, Gave, Inputs, State
@@ -25,6 +26,7 @@ from ..modeling.linear import CRVQLinear
 from ..modeling.replace import quantizable_linears, unmatched_patterns
 from ..resources import distributed
 from ..resources.device import compute_device, has_fast_bfloat16, peak_memory_bytes
+from ..resources.memory import give_back_freed_memory
 from ..resources.workfolder import WorkFolder
 from ..tuning.end_to_end import finetune_end_to_end_
 from .block_state import dtypes_of, load_block_, restore_dtypes_, tunable_state
@@ -73,7 +75,8 @@ def quantize_blocks_(
     if not linears:
         raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
     by_block = [[n.removeprefix(f"{block}.") for n in linears if n.startswith(f"{block}.")] for block in names]
-    _check_weights(linears)
+    del linears  # or dense layers would be kept, in fp32, when they have been replaced
+    _check_weights(named_blocks(model), by_block)
     runner = None
     if config.dataset is not None:
         runner = rehearse(model, completed(model, samples[:3], SHORT, device))
@@ -188,6 +191,7 @@ def _bits(run: Run) -> float:
 def _advance(run: Run, index: int, full: Stream | None, quantized: Stream | None) -> None:
     """Quantizes one block, or takes it from the work folder, and moves both streams past it, in place."""
     block, name = run.blocks[index], _block_file(index)
+    bring_(block)
     home = next(block.parameters()).device
     dtypes = dtypes_of(block)
     block.to(run.device, torch.float32)
@@ -213,6 +217,7 @@ def _advance(run: Run, index: int, full: Stream | None, quantized: Stream | None
         _move_stream(run, index, quantized)
         restore_dtypes_(block, dtypes)
     block.to(home)
+    give_back_freed_memory()
 
 
 @torch.no_grad()
@@ -295,7 +300,9 @@ def _precision(work: WorkFolder, device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def _check_weights(linears: dict[str, nn.Module]) -> None:
+def _check_weights(blocks: dict[str, nn.Module], linears: list[list[str]]) -> None:
     """Raises ValueError naming the first layer with NaN or infinite weights."""
-    for name, module in linears.items():
-        check_finite(module.weight, name, "weight")
+    for (path, block), names in zip(blocks.items(), linears, strict=True):
+        with present(block):
+            for name in names:
+                check_finite(block.get_submodule(name).weight, f"{path}.{name}", "weight")

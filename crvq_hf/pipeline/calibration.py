@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
+from ..blocks.absent import any_absent
 from ..checkpoint.sources import load_tokenizer
 from ..config import CRVQConfig
 from ..dataset.grammar import Source, has_samples, sources_of
@@ -48,6 +49,11 @@ def calibration_tokens(model: nn.Module, tokenizer: Any, config: CRVQConfig) -> 
     if longest is not None and config.seqlen > longest:
         raise ValueError(f"seqlen={config.seqlen} is more than the {longest} tokens the model takes; lower seqlen.")
     sources = [None] if isinstance(config.dataset, list) else sources_of(config.dataset)
+    if any_absent(model) and any(source is not None and source.kind == "self" for source in sources):
+        raise ValueError(
+            f"The weights of {type(model).__name__} do not fit in memory, and to write a token it would read all "
+            "of them, so it cannot write its own calibration text; give dataset the path of a text file."
+        )
     if tokenizer is None and any(source is None or source.kind != "self" for source in sources):
         raise ValueError(f"dataset={config.dataset!r:.80} is text and needs a tokenizer; pass tokenizer=...")
     check_dataset(config.dataset)
@@ -251,10 +257,10 @@ def _plain_sampling(model: nn.Module):
 
 @contextmanager
 def moved_if_it_fits(model: nn.Module, device: torch.device):
-    """Has the whole model on `device` while inside, unless that has too little free memory."""
+    """Has the whole model on `device` while inside, unless that has too little free memory, or the CPU has."""
     home = model.device
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    if device.type == home.type or size > _MEMORY_SHARE * distributed.free_memory_bytes(device):
+    if any_absent(model) or device.type == home.type or size > _MEMORY_SHARE * distributed.free_memory_bytes(device):
         yield
         return
     model.to(device)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 from torch import nn
 
+from ..blocks.absent import is_absent, present
 from ..blocks.runner import Inputs
 from ..checkpoint.metadata import tensor_hash
 from ..checkpoint.sources import file_hash
@@ -37,10 +39,9 @@ def run_fingerprint(
     Weights enter in full, with the buffers that are saved, and so do the model's config, field by field, and samples
     that are not text, as the model is given them.
     """
-    weights, saved = hashlib.sha256(), model.state_dict(keep_vars=True)
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    for name, tensor in sorted({**dict(model.named_parameters()), **buffers}.items()):
-        weights.update(f"{name}:{tensor_hash(tensor)}\n".encode())
+    weights = hashlib.sha256()
+    for name, digest in sorted(_tensor_hashes(model).items()):
+        weights.update(f"{name}:{digest}\n".encode())
     code = hashlib.sha256()
     package = Path(__file__).parents[1]
     for file in sorted(file for room in _ROOMS for file in (package / room).glob("*.py")):
@@ -60,6 +61,25 @@ def run_fingerprint(
         **{f"model.config.{name}": value for name, value in _plain(model.config.to_dict()).items()},
         **fields,
     }
+
+
+def _tensor_hashes(model: nn.Module) -> dict[str, str]:
+    """Returns the hash of each parameter and saved buffer of a model by name, one absent block read at a time."""
+    hashes, saved = {}, model.state_dict(keep_vars=True).keys()
+    absent = {name: block for name, block in model.named_modules() if is_absent(block)}
+    inside = {id(tensor) for block in absent.values() for tensor in (*block.parameters(), *block.buffers())}
+
+    def add(module: nn.Module, prefix: str = "", leave: Collection[int] = ()) -> None:
+        buffers = {name: buffer for name, buffer in module.named_buffers(prefix) if name in saved}
+        for name, tensor in {**dict(module.named_parameters(prefix)), **buffers}.items():
+            if id(tensor) not in leave:
+                hashes[name] = tensor_hash(tensor)
+
+    add(model, leave=inside)
+    for name, block in absent.items():
+        with present(block):
+            add(block, name)
+    return hashes
 
 
 def dataset_fingerprint(dataset: Any) -> str | None:

@@ -16,6 +16,7 @@ from ..blocks.finding import for_each_input, survey
 from ..modeling.replace import linear_size, set_quantized_
 from ..quantized_weight import to_stored
 from ..resources import distributed
+from ..resources.memory import give_back_freed_memory
 from ..tuning.block import finetune_block_
 from .block_state import load_block_
 from .run import Run, check_finite
@@ -68,6 +69,7 @@ def _finetune_block(run: Run, index: int, inputs: Stream, targets: Stream, dense
     """Tunes what is continuous in a block, and the weights of its linears in `dense`, towards `targets`."""
     if not (run.config.block_finetune_epochs and run.runner.has_gradients):
         return
+    give_back_freed_memory()
     start = time.perf_counter()
     finetune_block_(
         run.blocks[index],
@@ -154,6 +156,7 @@ def _hessians(
 
 def _quantize_linear(run: Run, index: int, name: str, hessian: Tensor) -> None:
     """Replaces one linear of a block by its quantized layer and notes how well it went."""
+    give_back_freed_memory()
     start = time.perf_counter()
     block, full_name = run.blocks[index], f"{run.names[index]}.{name}"
     module = block.get_submodule(name)

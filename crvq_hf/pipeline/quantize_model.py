@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from ..blocks.absent import is_absent
 from ..checkpoint.planned import Beside, bytes_in
 from ..checkpoint.sources import known_options, load_tokenizer
 from ..config import ROW_BITS, CRVQConfig
@@ -24,6 +25,7 @@ from ..selection.choice import choose_layers, dense_share
 from ..selection.stacked_weights import find_stacks
 from .block_loop import quantize_blocks_
 from .calibration import tokenizer_for
+from .plan import check_plan
 from .samples import SHORT, completed, given_samples
 
 
@@ -51,7 +53,7 @@ def quantize_model(
 
     Raises:
         ValueError: the model has adapters, is no transformers model, already quantized, spread over devices, or has
-            nothing to quantize.
+            nothing to quantize; or what it needs does not fit in memory or on the disk.
     """
     config = CRVQConfig() if config is None else config
     _check_plain(model)
@@ -59,7 +61,8 @@ def quantize_model(
         raise ValueError(
             f"{type(model).__name__} is already quantized ({model.quantization_method}); start from the dense model."
         )
-    devices = {str(parameter.device) for parameter in model.parameters()}
+    absent = {id(p) for module in model.modules() if is_absent(module) for p in module.parameters()}
+    devices = {str(parameter.device) for parameter in model.parameters() if id(parameter) not in absent}
     if len(devices) > 1 or devices == {"meta"}:
         raise ValueError(
             f"The model to quantize must be on one device, found it on {sorted(devices)}; "
@@ -103,6 +106,7 @@ def quantize_(
         samples = given_samples(model, tokenizer, config, options)
         tried = completed(model, samples[:1], SHORT, compute_device(config.device))
         config, dense_rows = choose_layers(model, config, *tried, beside=beside)
+        check_plan(model, config)
         quantize_blocks_(model, tokenizer, config, samples, dense_rows)
     except BaseException:
         mark_quantized(model, False)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithm.hessian import damped
+from ..blocks.absent import present
 from ..blocks.finding import Done
 from ..modeling.embedding import distinct_tables, find_embeddings, set_rows_, tell_dense
 from ..modeling.table import TableShape
@@ -122,11 +123,12 @@ def _head_hessian(run: Run, name: str, samples: Samples) -> Tensor | None:
     stream = Stream(run.runner, samples[: min(count, run.config.nsamples)])
     for index in run.runner.order:
         block = run.blocks[index]
-        home, dtypes = next(block.parameters()).device, dtypes_of(block)
-        block.to(run.device, torch.float32)
-        stream.move(index, partial(run.call_block, index))
-        restore_dtypes_(block, dtypes)
-        block.to(home)
+        with present(block):
+            home, dtypes = next(block.parameters()).device, dtypes_of(block)
+            block.to(run.device, torch.float32)
+            stream.move(index, partial(run.call_block, index))
+            restore_dtypes_(block, dtypes)
+            block.to(home)
     hook = head.register_forward_pre_hook(add)
     try:
         for state in stream.states:

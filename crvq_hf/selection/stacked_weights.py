@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from itertools import chain
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.pytorch_utils import Conv1D
 
+from ..blocks.absent import is_absent, present
 from ..blocks.finding import kind_of, named_blocks
+from ..blocks.runner import replaced_forwards
 from ..modeling.experts import shared_parameters
 from ..modeling.stacks import IN_OUT, OUT_IN, PRODUCTS
 from .trial import run_on_trial
@@ -81,6 +83,14 @@ class _Probe(Tensor):
         return self.stack, OUT_IN if (name == "linear") != self.flipped else IN_OUT
 
 
+class _Place(NamedTuple):
+    """Where a parameter is: its name in the model, the module that has it, its name there."""
+
+    name: str
+    module: nn.Module
+    key: str
+
+
 def _plain(value: Any) -> Any:
     return value.as_subclass(Tensor) if isinstance(value, _Probe) else value
 
@@ -95,34 +105,57 @@ def find_stacks(model: nn.Module, leave: Callable[[str], bool]) -> dict[str, tup
         leave: says of the name of a parameter whether it is to be left alone.
     """
     shared = shared_parameters(model)
-    found: dict[str, tuple[nn.Module, str]] = {}
-    blocks = named_blocks(model).items()
-    for name, module in chain.from_iterable(block.named_modules(prefix=path) for path, block in blocks):
-        if type(module).__module__.startswith("torch.nn") or isinstance(module, Conv1D):
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
-            path = f"{name}.{key}"
-            if parameter.dim() in (2, 3) and path not in shared and not leave(path):
-                found[path] = module, key
-    before = {id(module): (module, dict(module._parameters)) for module, _ in found.values()}
+    named = named_blocks(model)
+    found: dict[str, list[_Place]] = {path: [] for path in named}  # by block
+    for path, block in named.items():
+        for name, module in block.named_modules(prefix=path):
+            if type(module).__module__.startswith("torch.nn") or isinstance(module, Conv1D):
+                continue
+            for key, parameter in module.named_parameters(recurse=False):
+                full = f"{name}.{key}"
+                if parameter.dim() in (2, 3) and full not in shared and not leave(full):
+                    found[path].append(_Place(full, module, key))
+    if not any(found.values()):
+        return {}
     notes: dict[str, set] = {}
+    blocks = nn.ModuleList(named.values())
+    absent = {index: found[path] for index, path in enumerate(found) if is_absent(blocks[index])}
+    others = [place for path, places in found.items() if not is_absent(named[path]) for place in places]
+
+    def probing(index: int) -> Callable[..., Any]:
+        forward = blocks[index].forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with present(blocks[index]), _probed(absent[index], notes):
+                return forward(*args, **kwargs)
+
+        return run
+
     try:
-        for name, (module, key) in found.items():
+        with _probed(others, notes), replaced_forwards(blocks, {index: probing(index) for index in absent}):
+            run_on_trial(model)
+    except Exception as error:  # whatever a model raises that cannot be given text alone
+        logger.debug("Looking for stacked weights in %s failed: %s", type(model).__name__, error)
+        return {}
+    known = {place.name: notes.get(kind_of(place.name), set()) for places in found.values() for place in places}
+    return {name: next(iter(uses)) for name, uses in known.items() if len(uses) == 1 and None not in uses}
+
+
+@contextmanager
+def _probed(places: list[_Place], notes: dict[str, set]) -> Iterator[None]:
+    """Has probes in the places of parameters while inside, which note under the parameter's kind."""
+    before = {id(place.module): (place.module, dict(place.module._parameters)) for place in places}
+    try:
+        for name, module, key in places:
             parameter = module._parameters.pop(key)
             probe = parameter.detach().as_subclass(_Probe)
             probe.notes = notes.setdefault(kind_of(name), set())
             probe.stack, probe.index, probe.flipped = parameter.shape if parameter.dim() == 3 else None, False, False
             module.__dict__[key] = probe
-        if found:
-            run_on_trial(model)
-    except Exception as error:  # whatever a model raises that cannot be given text alone
-        logger.debug("Looking for stacked weights in %s failed: %s", type(model).__name__, error)
-        return {}
+        yield
     finally:
-        for module, key in found.values():
+        for _, module, key in places:
             module.__dict__.pop(key, None)
         for module, parameters in before.values():
             module._parameters.clear()
             module._parameters.update(parameters)
-    known = {name: notes[kind_of(name)] for name in found}
-    return {name: next(iter(uses)) for name, uses in known.items() if len(uses) == 1 and None not in uses}

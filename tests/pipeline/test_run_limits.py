@@ -82,7 +82,7 @@ def test_memory_for_the_activations(available, fits, quantize, monkeypatch):
     if fits:
         quantize(make("llama", num_hidden_layers=1), **OFF)
         return
-    with pytest.raises(ValueError, match="lower nsamples or seqlen"):
+    with pytest.raises(ValueError, match="Quantizing LlamaForCausalLM needs .* of memory, 0.00 MB are free"):
         quantize(make("llama", num_hidden_layers=1), **OFF)
 
 

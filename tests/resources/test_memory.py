@@ -68,3 +68,17 @@ def test_a_system_without_cgroups(machine, monkeypatch, tmp_path):
     machine("0::/\n", version_2("", 8 * GB, 3 * GB))
     monkeypatch.setattr(memory, "OWN_CGROUPS", tmp_path / "nothing")
     assert memory.available_memory_bytes() == MACHINE
+
+
+@pytest.mark.parametrize(("limit", "field"), [("RLIMIT_AS", "vms"), ("RLIMIT_DATA", "data")])
+def test_limits_of_a_shell(machine, monkeypatch, limit, field):
+    if not (hasattr(memory.resource, limit) and hasattr(memory.psutil.Process().memory_info(), field)):
+        pytest.skip(f"this system has no {limit}")
+    used = SimpleNamespace(**{"vms": 0, "data": 0, field: 3 * GB})
+    monkeypatch.setattr(memory.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: used))
+    number, unlimited = getattr(memory.resource, limit), memory.resource.RLIM_INFINITY
+    limits = {number: 8 * GB}
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda which: (limits.get(which, unlimited), unlimited))
+    assert machine("0::/\n", {}) == 5 * GB
+    limits[number] = 2 * GB
+    assert machine("0::/\n", {}) == 0
