@@ -65,6 +65,14 @@ def test_every_byte_is_known_before(make_model, tmp_path, plans, pipeline, archi
     assert bytes_of(tmp_path) == plans[0].nbytes <= fit
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_byte_of_a_large_vocabulary_is_known(make_model, tmp_path, plans, pipeline, tied):
+    model = make_model("llama", torch.bfloat16, vocab_size=4000, hidden_size=128, tie_word_embeddings=tied)
+    fit = dense_bytes(model) - 4000 * 130  # too little for embeddings as they are
+    quantize_model(model, config=CRVQConfig(dataset=None, fit=fit)).save_pretrained(tmp_path)
+    assert plans[0].config.embedding_bits < 16 and bytes_of(tmp_path) == plans[0].nbytes <= fit
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
 def test_it_is_spent_within_one_percent(make_model, tmp_path, plans, pipeline, dtype, tied):
