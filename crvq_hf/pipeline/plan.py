@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,16 +83,7 @@ def _plan(empty: PreTrainedModel, config: CRVQConfig, loaded: bool, is_absent: b
     """Returns the plan for a model on the meta device."""
     device = compute_device(config.device)
     sizes = sizes_of(empty, config)
-    folder = Path(config.work_dir or WORK_FOLDERS).absolute()
-    folder = next(path for path in (folder, *folder.parents) if path.exists())
-    machine = Machine(
-        device=device.type,
-        device_bytes=distributed.free_memory_bytes(device),
-        memory_bytes=distributed.free_memory_bytes(),
-        disk_bytes=shutil.disk_usage(folder).free,
-        loaded=loaded,
-        is_absent=is_absent,
-    )
+    machine = Machine.here(device, config.work_dir or WORK_FOLDERS, loaded, is_absent)
     work = work_of(config, has_fast_bfloat16(device.type))
     return plan_of(sizes, work, machine, end_to_end.MEMORY_SHARE, streams.MEMORY_SHARE)
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+import torch
+
+from ..resources import distributed
 from .memory import (
     Work,
     end_to_end_bytes,
@@ -41,6 +47,15 @@ class Machine:
     disk_bytes: int
     loaded: bool
     is_absent: bool
+
+    @classmethod
+    def here(cls, device: torch.device, folder: str | os.PathLike, loaded: bool, is_absent: bool) -> Machine:
+        """Returns what this machine has by now, with a work folder that need not be there."""
+        path = Path(folder).absolute()
+        path = next(parent for parent in (path, *path.parents) if parent.exists())
+        disk = shutil.disk_usage(path).free
+        free, memory = distributed.free_memory_bytes(device), distributed.free_memory_bytes()
+        return cls(device.type, free, memory, disk, loaded, is_absent)
 
 
 @dataclass(frozen=True)
