@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..algorithm.hessian import damped
 from ..blocks.finding import Done
-from ..modeling.embedding import distinct_tables, find_embeddings, set_rows_, tell_dense
+from ..modeling.embedding import answer_dtypes_, distinct_tables, find_embeddings, set_rows_, tell_dense
 from ..modeling.table import TableShape
 from ..modeling.table_fit import fit_table
 from ..resources import distributed
@@ -64,6 +64,7 @@ def place_table_(model: nn.Module, names: Sequence[str], tensors: dict[str, Tens
     weight = model.get_submodule(names[0]).weight
     dtypes = {key: weight.dtype if t.is_floating_point() else t.dtype for key, t in tensors.items()}
     set_rows_(model, names, {key: t.to(weight.device, dtypes[key]) for key, t in tensors.items()})
+    answer_dtypes_(model)  # some cast hidden states to `lm_head.weight.dtype`, in tuning too
 
 
 def _fit_all(
