@@ -1,4 +1,4 @@
-"""Embeddings and heads in fewer than 8 bits, made before the blocks are, which then make up for what they lose."""
+"""Embeddings and heads in fewer than 8 bits, made after the blocks: before them, the blocks come out worse."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def code_embeddings_(run: Run, samples: Samples | None, tokenizer: Any, leave: C
     """Puts the embedding and the head of a run's model into codes; `run.dense_parts` has what they were.
 
     Args:
-        run: the run; its model is still dense.
+        run: the run; its blocks are quantized, embedding and head still dense.
         samples: calibration samples of all processes; None: weights only.
         tokenizer: for more of a calibration text, to see which tokens are frequent.
         leave: names of parts that have to stay dense.
@@ -109,7 +109,7 @@ def _token_counts(samples: Samples | None) -> Tensor:
 
 @torch.no_grad()
 def _head_hessian(run: Run, name: str, samples: Samples) -> Tensor | None:
-    """Returns `X^T X / tokens` of the inputs that a head has in the full-precision model; None if it has none."""
+    """Returns `X^T X / tokens` of the inputs that a head has behind the quantized blocks; None if it has none."""
     head, total, tokens = run.model.get_submodule(name), None, 0
     wanted = max(LEAST_TOKENS, 4 * head.weight.shape[1])
 
