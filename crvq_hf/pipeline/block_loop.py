@@ -93,9 +93,7 @@ def quantize_blocks_(
         run.timed("calibration", start)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            if config.has_coded_embeddings:
-                code_embeddings_(run, samples, tokenizer, dense_rows)
-            report = _quantize(run, samples)
+            report = _quantize(run, samples, tokenizer, dense_rows)
         work.finish()
         if config.work_dir is None:
             logger.warning(
@@ -106,8 +104,8 @@ def quantize_blocks_(
     return report
 
 
-def _quantize(run: Run, samples: Samples | None) -> dict[str, Any]:
-    """Quantizes all blocks, then fine-tunes end to end; returns the report."""
+def _quantize(run: Run, samples: Samples | None, tokenizer: Any, dense_rows: Container[str]) -> dict[str, Any]:
+    """Quantizes all blocks, then embedding and head, then fine-tunes end to end; returns the report."""
     full, quantized = (None, None) if samples is None else start_streams(run.runner, samples, run.config, run.work)
     activation_bytes = sum(distributed.gather(0 if full is None else full.nbytes + quantized.nbytes))
     finished = sum(run.work.has(_block_file(index)) for index in range(len(run.blocks)))
@@ -122,6 +120,8 @@ def _quantize(run: Run, samples: Samples | None) -> dict[str, Any]:
             _tell(run, index)
         bar.set_postfix_str(f"{_bits(run):.3f} bits")
     del quantized
+    if run.config.has_coded_embeddings:
+        code_embeddings_(run, samples, tokenizer, dense_rows)
     losses, e2e_tokens = None, 0
     tunes = samples is not None and run.config.e2e_finetune_epochs and run.runner.has_gradients
     if tunes and run.runner.has_head:
@@ -198,8 +198,7 @@ def _advance(run: Run, index: int, full: Stream | None, quantized: Stream | None
     if full is not None and index not in run.runner.order:
         full = quantized = None  # text does not come here
     if full is not None:
-        with run.full_precision():
-            _move_stream(run, index, full)
+        _move_stream(run, index, full)
     saved = run.work.load(name)
     if saved is None:
         quantize_block_(run, index, quantized, full)

@@ -1,4 +1,4 @@
-"""Embeddings and heads in fewer than 8 bits, made before the blocks are, which then make up for what they lose."""
+"""Embeddings and heads in fewer than 8 bits, made after the blocks: before them, the blocks come out worse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..algorithm.hessian import damped
 from ..blocks.absent import present
 from ..blocks.finding import Done
-from ..modeling.embedding import distinct_tables, find_embeddings, set_rows_, tell_dense
+from ..modeling.embedding import answer_dtypes_, distinct_tables, find_embeddings, set_rows_, tell_dense
 from ..modeling.table import TableShape
 from ..modeling.table_fit import fit_table
 from ..resources import distributed
@@ -35,7 +35,7 @@ def code_embeddings_(run: Run, samples: Samples | None, tokenizer: Any, leave: C
     """Puts the embedding and the head of a run's model into codes; `run.dense_parts` has what they were.
 
     Args:
-        run: the run; its model is still dense.
+        run: the run; its blocks are quantized, embedding and head still dense.
         samples: calibration samples of all processes; None: weights only.
         tokenizer: for more of a calibration text, to see which tokens are frequent.
         leave: names of parts that have to stay dense.
@@ -65,6 +65,7 @@ def place_table_(model: nn.Module, names: Sequence[str], tensors: dict[str, Tens
     weight = model.get_submodule(names[0]).weight
     dtypes = {key: weight.dtype if t.is_floating_point() else t.dtype for key, t in tensors.items()}
     set_rows_(model, names, {key: t.to(weight.device, dtypes[key]) for key, t in tensors.items()})
+    answer_dtypes_(model)  # some cast hidden states to `lm_head.weight.dtype`, in tuning too
 
 
 def _fit_all(
@@ -109,7 +110,7 @@ def _token_counts(samples: Samples | None) -> Tensor:
 
 @torch.no_grad()
 def _head_hessian(run: Run, name: str, samples: Samples) -> Tensor | None:
-    """Returns `X^T X / tokens` of the inputs that a head has in the full-precision model; None if it has none."""
+    """Returns `X^T X / tokens` of the inputs that a head has behind the quantized blocks; None if it has none."""
     head, total, tokens = run.model.get_submodule(name), None, 0
     wanted = max(LEAST_TOKENS, 4 * head.weight.shape[1])
 

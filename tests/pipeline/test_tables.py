@@ -1,10 +1,12 @@
 """Embeddings and heads in fewer than 8 bits: frequent rows, rows of zeros, what is refused, and whole runs."""
 
 import pytest
+import shrink
 import torch
 from random_models import quantized_model
 from safetensors.torch import load_file
 from tiny import TEXT, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 from whole_models import FIELDS, make
 
 from crvq_hf import CRVQConfig, quantize_model
@@ -146,6 +148,12 @@ def test_a_whole_run(tmp_path, small_steps, monkeypatch, tied):
         for name in ("weight", "weight_frequent", "weight_frequent_rows"):
             assert torch.equal(fitted[f"{part}.{name}"], tuned.get_parameter(name))
         assert "lookup" not in tuned.__dict__ and "product" not in tuned.__dict__
+
+
+def test_a_model_that_asks_its_head_for_its_dtype_is_tuned(tmp_path, small_steps):
+    model = shrink.tiny_model("mamba2", AutoModelForCausalLM)
+    quantize_model(model, config=CRVQConfig(**FIELDS, embedding_bits=3, work_dir=tmp_path / "work"))
+    assert type(model.lm_head) is CodedHead and model.crvq_report["e2e_loss"]["last"] > 0
 
 
 @pytest.mark.parametrize("tied", [False, True])
