@@ -4,7 +4,7 @@ Nobody needs to where Python reads the .pth file beside this package, see `crvq_
 loaded when a model is quantized.
 
 From the ground up: `algorithm` fits one layer, `quantized_weight` is what is stored of it, `config` has every knob,
-`dataset` what names calibration data.
+`dataset` what names calibration data, of which `calibration` makes tokens.
 `modeling` are the layers of a quantized model, `resources` and `tuning` what `pipeline` needs to quantize a whole one,
 `planning` what that will take.
 `checkpoint` reads files, `generation` writes tokens, `evaluation` measures, `sharing` tells others. `quantizer`

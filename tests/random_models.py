@@ -13,7 +13,7 @@ from crvq_hf.modeling.replace import (
     unfuse_experts_to_quantize_,
 )
 from crvq_hf.modeling.table import TableShape
-from crvq_hf.modeling.table_fit import fit_table
+from crvq_hf.pipeline.table_fit import fit_table
 from crvq_hf.pipeline.tables import place_table_
 from crvq_hf.quantizer import CRVQQuantizer
 

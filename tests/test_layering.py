@@ -36,6 +36,7 @@ ROOMS = {
         "checkpoint",
         "selection",
         "planning",
+        "calibration",
         "pipeline",
         "generation",
         "evaluation",

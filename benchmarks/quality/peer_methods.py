@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, QuantoConfig
 
 from crvq_hf import CRVQConfig
+from crvq_hf.calibration.tokens import calibration_tokens
 from crvq_hf.modeling.replace import quantizable_linears
-from crvq_hf.pipeline.calibration import calibration_tokens
 
 NSAMPLES, SEQLEN = 64, 512
 MOST_BLOCKS = 1000

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..calibration.tokens import check_dataset
 from ..checkpoint.planned import Beside, bytes_in
 from ..checkpoint.sources import OF_THE_MODEL, check_source, load_dense, source_hash
 from ..config import CRVQConfig
 from ..modeling.replace import linear_size, quantizable_linears
-from ..pipeline.calibration import check_dataset
 from ..pipeline.fingerprint import dataset_fingerprint
 from ..pipeline.quantize_model import quantize_model
 from ..resources import distributed

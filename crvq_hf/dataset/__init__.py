@@ -2,5 +2,5 @@
 
 `grammar` is what a `dataset` may be, `rows` reads texts of tables, datasets of the hub and chats, `sound` recordings.
 
-Called by `config`, which checks it, by `pipeline`, and by `sharing`, which says no more of it than may be known.
+Called by `config`, which checks it, by `calibration`, and by `sharing`, which says no more of it than may be known.
 """

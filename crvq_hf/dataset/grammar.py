@@ -1,6 +1,6 @@
 """What a `dataset` may be, the calibration data of a run: its check, and its parts.
 
-The one place that knows the grammar of one that is a string; `rows` and `pipeline.text` read what is named:
+The one place that knows the grammar of one that is a string; `rows` and `calibration.text` read what is named:
 
     dataset = source
             | source ":" share "," source ":" share ...    a mixture by shares of sequences: a.txt:0.7,b.txt:0.3

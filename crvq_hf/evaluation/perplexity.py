@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from ..calibration.text import check_tokens, first_tokens, longest_text, read_text
 from ..dataset.grammar import split_field
-from ..pipeline.text import check_tokens, first_tokens, longest_text, read_text
 
 SEQLEN = 2048  # tokens per window where the model, and the text, have so many
 CHUNK = 256  # positions whose logits are in fp32 at once

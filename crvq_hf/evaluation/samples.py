@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..calibration.text import check_tokens, longest_text
 from ..generation.default import generate
-from ..pipeline.text import check_tokens, longest_text
 
 # Of no user, so that what follows them may be shared. Messages to a chat model, starts of a text for others.
 PROMPTS = (

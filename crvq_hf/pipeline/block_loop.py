@@ -21,6 +21,8 @@ from ..blocks.absent import bring_, present
 from ..blocks.finding import kind_of, named_blocks
 from ..blocks.rehearsal import rehearse
 from ..blocks.runner import BlockRunner, Gave, Inputs, State
+from ..calibration.samples import SHORT, completed
+from ..calibration.tokens import calibration_tokens
 from ..config import CRVQConfig
 from ..modeling.linear import CRVQLinear
 from ..modeling.replace import quantizable_linears, unmatched_patterns
@@ -30,11 +32,9 @@ from ..resources.memory import give_back_freed_memory
 from ..resources.workfolder import WorkFolder
 from ..tuning.end_to_end import finetune_end_to_end_
 from .block_state import dtypes_of, load_block_, restore_dtypes_, tunable_state
-from .calibration import calibration_tokens
 from .fingerprint import default_work_dir, run_fingerprint
 from .quantize_block import quantize_block_
 from .run import Run, check_finite
-from .samples import SHORT, completed
 from .streams import Samples, Stream, num_elements, share, start_streams
 from .tables import code_embeddings_
 

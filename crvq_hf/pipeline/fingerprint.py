@@ -21,7 +21,7 @@ from ..dataset.sound import sound_files
 # Where runs that name no work folder have theirs.
 WORK_FOLDERS = Path(HF_HOME) / "crvq"
 # Rooms whose code decides what comes out: a work folder that other code has written is not continued.
-_ROOMS = ("algorithm", "dataset", "modeling", "pipeline", "tuning")
+_ROOMS = ("algorithm", "calibration", "dataset", "modeling", "pipeline", "tuning")
 # Tokenizers that split this alike are taken for the same.
 _PROBE = "Channel-relaxed vector quantization stores 1,024 weights in 1.1 bits each; naïvely, def f(x): return x\n"
 

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..blocks.absent import any_absent
+from ..calibration.tokens import num_sequences
 from ..checkpoint import blockwise
 from ..checkpoint.sources import empty_dense
 from ..config import CRVQConfig, has_samples
@@ -23,7 +24,6 @@ from ..resources import distributed
 from ..resources.device import compute_device, has_fast_bfloat16
 from ..tuning import end_to_end
 from . import streams
-from .calibration import num_sequences
 from .fingerprint import WORK_FOLDERS
 
 logger = logging.getLogger("crvq")

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ..blocks.absent import is_absent
+from ..calibration.samples import SHORT, completed, given_samples
+from ..calibration.tokens import tokenizer_for
 from ..checkpoint.planned import Beside, bytes_in
 from ..checkpoint.sources import known_options, load_tokenizer
 from ..config import ROW_BITS, CRVQConfig
@@ -24,9 +26,7 @@ from ..resources.settings import leave_inference_mode_, own_settings
 from ..selection.choice import choose_layers, dense_share
 from ..selection.stacked_weights import find_stacks
 from .block_loop import quantize_blocks_
-from .calibration import tokenizer_for
 from .plan import check_plan
-from .samples import SHORT, completed, given_samples
 
 
 def quantize_model(

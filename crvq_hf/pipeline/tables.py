@@ -13,16 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithm.hessian import damped
-from ..blocks.absent import present
 from ..blocks.finding import Done
+from ..calibration.tokens import counted_tokens
 from ..modeling.embedding import answer_dtypes_, distinct_tables, find_embeddings, set_rows_, tell_dense
 from ..modeling.table import TableShape
-from ..modeling.table_fit import fit_table
 from ..resources import distributed
 from .block_state import dtypes_of, restore_dtypes_
-from .calibration import counted_tokens
 from .run import Run, check_finite
 from .streams import Samples, Stream
+from .table_fit import fit_table
 
 logger = logging.getLogger("crvq")
 
@@ -124,12 +123,11 @@ def _head_hessian(run: Run, name: str, samples: Samples) -> Tensor | None:
     stream = Stream(run.runner, samples[: min(count, run.config.nsamples)])
     for index in run.runner.order:
         block = run.blocks[index]
-        with present(block):
-            home, dtypes = next(block.parameters()).device, dtypes_of(block)
-            block.to(run.device, torch.float32)
-            stream.move(index, partial(run.call_block, index))
-            restore_dtypes_(block, dtypes)
-            block.to(home)
+        home, dtypes = next(block.parameters()).device, dtypes_of(block)
+        block.to(run.device, torch.float32)
+        stream.move(index, partial(run.call_block, index))
+        restore_dtypes_(block, dtypes)
+        block.to(home)
     hook = head.register_forward_pre_hook(add)
     try:
         for state in stream.states:

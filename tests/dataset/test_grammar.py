@@ -3,8 +3,8 @@
 import pytest
 
 from crvq_hf import CRVQConfig
+from crvq_hf.calibration.tokens import check_dataset
 from crvq_hf.dataset.grammar import Source, shareable_dataset, sources_of
-from crvq_hf.pipeline.calibration import check_dataset
 from crvq_hf.pipeline.fingerprint import dataset_fingerprint
 
 

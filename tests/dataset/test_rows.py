@@ -8,11 +8,11 @@ import torch
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
 from crvq_hf import CRVQConfig
+from crvq_hf.calibration.text import read_text
+from crvq_hf.calibration.tokens import calibration_tokens
 from crvq_hf.dataset import rows as reading
 from crvq_hf.evaluation.perplexity import read_text_tokens
-from crvq_hf.pipeline.calibration import calibration_tokens
 from crvq_hf.pipeline.fingerprint import dataset_fingerprint
-from crvq_hf.pipeline.text import read_text
 
 datasets = pytest.importorskip("datasets")
 

@@ -10,12 +10,12 @@ from tiny import TEXT, tiny_model, tiny_tokenizer
 from whole_models import OFF, quantized_layers
 
 from crvq_hf import CRVQConfig
+from crvq_hf.calibration.samples import given_samples
 from crvq_hf.checkpoint.sources import load
 from crvq_hf.commands.convert import convert
 from crvq_hf.dataset.grammar import shareable_dataset
 from crvq_hf.dataset.sound import hear, read_sound, resampled, sound_files
 from crvq_hf.pipeline.fingerprint import dataset_fingerprint
-from crvq_hf.pipeline.samples import given_samples
 
 pytestmark = pytest.mark.usefixtures("precision", "quiet")
 

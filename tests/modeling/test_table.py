@@ -7,7 +7,7 @@ import torch
 
 from crvq_hf.config import EMBEDDING_BITS
 from crvq_hf.modeling.table import Table, TableShape, stored_table_bytes
-from crvq_hf.modeling.table_fit import fit_table
+from crvq_hf.pipeline.table_fit import fit_table
 
 CODED = [bits for bits in EMBEDDING_BITS if bits < 8]
 

@@ -15,10 +15,10 @@ from crvq_hf import CRVQConfig, CRVQLinear
 from crvq_hf.blocks.finding import find_blocks, linear_stages
 from crvq_hf.blocks.rehearsal import rehearse
 from crvq_hf.blocks.runner import Gave, State
+from crvq_hf.calibration.tokens import calibration_tokens
 from crvq_hf.modeling.experts import unfuse_experts_
 from crvq_hf.pipeline import block_loop as pipeline
 from crvq_hf.pipeline import quantize_block
-from crvq_hf.pipeline.calibration import calibration_tokens
 
 pytestmark = pytest.mark.usefixtures("precision", "quiet")
 

@@ -11,10 +11,10 @@ from whole_models import FIELDS, make
 
 from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.algorithm import tables
+from crvq_hf.calibration.tokens import counted_tokens
 from crvq_hf.modeling.coded import CodedEmbedding, CodedHead
 from crvq_hf.modeling.table import TableShape
-from crvq_hf.modeling.table_fit import fit_table
-from crvq_hf.pipeline.calibration import counted_tokens
+from crvq_hf.pipeline.table_fit import fit_table
 from crvq_hf.tuning import end_to_end
 from crvq_hf.tuning.tables import tunable_tables
 

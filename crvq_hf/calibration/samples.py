@@ -13,8 +13,8 @@ from ..blocks.runner import Inputs, placed
 from ..config import CRVQConfig
 from ..dataset.grammar import has_samples
 from ..dataset.sound import hear, sound_files
-from .calibration import moved_if_it_fits, num_sequences
 from .text import check_tokens, longest_text
+from .tokens import moved_if_it_fits, num_sequences
 
 logger = logging.getLogger("crvq")
 

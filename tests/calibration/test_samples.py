@@ -11,9 +11,9 @@ from whole_models import equal_state, quantized_layers
 from crvq_hf import CRVQConfig
 from crvq_hf.blocks.rehearsal import rehearse
 from crvq_hf.blocks.trees import hidden_of
+from crvq_hf.calibration.samples import completed, given_samples
 from crvq_hf.pipeline import block_loop
 from crvq_hf.pipeline.fingerprint import dataset_fingerprint
-from crvq_hf.pipeline.samples import completed, given_samples
 from crvq_hf.pipeline.streams import Stream, share
 
 pytestmark = pytest.mark.usefixtures("precision", "quiet")

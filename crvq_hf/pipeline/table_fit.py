@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..algorithm.tables import common_part, fit_rows
+from ..modeling.table import RANK, Table, TableShape
 from ..quantized_weight import LayerShape, QuantizedWeight, to_stored
-from .table import RANK, Table, TableShape
 
 
 def fit_table(
