@@ -102,4 +102,5 @@ def work_of(config: CRVQConfig, bfloat16: bool) -> Work:
         tunes_blocks=config.block_finetune_epochs > 0,
         tunes_end_to_end=config.e2e_finetune_epochs > 0,
         bfloat16=bfloat16,
+        codes_embeddings=config.has_coded_embeddings,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..algorithm.tables import common_part, fit_rows
+from ..algorithm.tables import SAMPLED_ROWS, common_part, fit_rows
 from ..modeling.table import RANK, Table, TableShape
 from ..quantized_weight import LayerShape, QuantizedWeight, to_stored
 
@@ -38,8 +38,13 @@ def fit_table(
     rest -= every.dequantize(torch.float32)
     frequent = _fit_part(rest[rows], metric, shape.frequent, generator)
     rest[rows] -= frequent.dequantize(torch.float32)
-    error = float((rest @ metric * rest).sum() / (weight @ metric * weight).sum().clamp_min(1e-30))
+    error = _energy(rest, metric) / max(_energy(weight, metric), 1e-30)
     return Table(factor, basis, every, frequent, rows.int()), error
+
+
+def _energy(weight: Tensor, metric: Tensor) -> float:
+    """Returns what rows `[N, K]` count in a metric, some at a time: a vocabulary may have hundreds of thousands."""
+    return float(sum((rows @ metric * rows).sum() for rows in weight.split(SAMPLED_ROWS)))
 
 
 def _fit_part(weight: Tensor, metric: Tensor, shape: LayerShape, generator: torch.Generator) -> QuantizedWeight:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..algorithm.tables import SAMPLED_ROWS
+from ..modeling.table import GROUP
 from ..quantized_weight import LayerShape
 from .sizes import BlockSizes, ModelSizes
 
@@ -33,6 +35,7 @@ class Work:
         tunes_blocks: whether blocks are tuned.
         tunes_end_to_end: whether the model is tuned at the end.
         bfloat16: whether products are in bfloat16.
+        codes_embeddings: whether embedding and head are put in codes.
     """
 
     first: int
@@ -42,6 +45,7 @@ class Work:
     tunes_blocks: bool
     tunes_end_to_end: bool
     bfloat16: bool
+    codes_embeddings: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -136,7 +140,24 @@ def end_to_end_bytes(model: ModelSizes, work: Work, free: int, share: float) -> 
     kept = sum(kept_bytes(block, work) for block in model.blocks)
     if kept > share * free:
         kept = kept_bytes(model.largest, work) + _FLOAT * work.step * model.hidden * len(model.blocks)
-    return numbers + codes + head + logits + gradient + kept
+    table = _tunable_table_bytes(model, work) if work.codes_embeddings else 0
+    return numbers + codes + head + logits + gradient + kept + table
+
+
+def table_bytes(model: ModelSizes) -> int:
+    """Returns what putting an embedding in codes takes (`fit_table`): it and what is left of it, and a search in some
+    of its rows, or all rows made dense again."""
+    size = model.hidden * model.vocabulary
+    per_weight = _SEARCH + _CODES_SEARCHED / GROUP
+    return 2 * _FLOAT * size + max(
+        _FLOAT * size, round(per_weight * model.hidden * min(model.vocabulary, SAMPLED_ROWS))
+    )
+
+
+def _tunable_table_bytes(model: ModelSizes, work: Work) -> int:
+    """Returns what an embedding of codes takes in training (`TunableTable`): most rows have a code a group."""
+    size = model.hidden * model.vocabulary
+    return size * (2 * _INT // GROUP + 2 * work.itemsize + _FLOAT)
 
 
 def stream_bytes(model: ModelSizes, work: Work) -> tuple[int, int]:
@@ -147,5 +168,5 @@ def stream_bytes(model: ModelSizes, work: Work) -> tuple[int, int]:
 
 def finished_bytes(model: ModelSizes) -> int:
     """Returns what the quantized model takes: codes, and all else in the model's dtype."""
-    others = model.outside + sum(block.others for block in model.blocks)
-    return sum(block.nbytes for block in model.blocks) + model.itemsize * others
+    others = sum(block.others for block in model.blocks)
+    return sum(block.nbytes for block in model.blocks) + model.itemsize * others + model.stored_outside

@@ -18,6 +18,7 @@ from .memory import (
     hessian_bytes,
     running_bytes,
     stream_bytes,
+    table_bytes,
     tuning_bytes,
 )
 from .sizes import ModelSizes
@@ -174,6 +175,8 @@ def plan_of(model: ModelSizes, work: Work, machine: Machine, e2e_share: float = 
     phases["fitting layers"] = max(fitting_bytes(block, work) for block in blocks)
     if work.tunes_blocks and work.first:
         phases["block fine-tuning"] = max(tuning_bytes(block, work) for block in blocks if block.layers)
+    if work.codes_embeddings:
+        phases["embeddings"] = table_bytes(model)
     if work.tunes_end_to_end and work.first and model.vocabulary:
         phases[_END_TO_END] = end_to_end_bytes(model, work, machine.device_bytes, e2e_share)
     few, many = stream_bytes(model, work)

@@ -15,6 +15,7 @@ from ..config import CRVQConfig
 from ..modeling.embedding import find_embeddings
 from ..modeling.experts import UnfusedExperts, find_fused_experts
 from ..modeling.replace import is_named_by, linear_size, quantizable_linears
+from ..modeling.table import stored_table_bytes
 from ..quantized_weight import LayerShape
 from ..selection.budget import spend
 from ..selection.size import within_size
@@ -64,6 +65,7 @@ class ModelSizes:
         itemsize: bytes of each number in the dense model.
         hidden: channels between blocks.
         vocabulary: tokens that it has logits for, 0 where it has no head.
+        stored_outside: bytes of what is outside of the blocks, embedding and head as they will be stored.
     """
 
     name: str
@@ -72,6 +74,7 @@ class ModelSizes:
     itemsize: int
     hidden: int
     vocabulary: int
+    stored_outside: int
 
     @property
     def dense_bytes(self) -> int:
@@ -113,13 +116,17 @@ def sizes_of(model: PreTrainedModel, config: CRVQConfig) -> ModelSizes:
         blocks.append(BlockSizes(_stages(model, block, own, blocks), sum(parameters.values()) - weights))
     text = model.config.get_text_config()
     head = model.get_output_embeddings()
+    outside = {id(p): p for p in model.parameters() if id(p) not in inside}
+    tables = {id(part.weight): part.weight for part in find_embeddings(model, config.embedding_bits).values()}
+    stored = sum(stored_table_bytes(*weight.shape, config.embedding_bits) for weight in tables.values())
     return ModelSizes(
         name=type(model).__name__,
         blocks=tuple(blocks),
-        outside=sum(p.numel() for p in model.parameters() if id(p) not in inside),
+        outside=sum(p.numel() for p in outside.values()),
         itemsize=model.dtype.itemsize,
         hidden=getattr(text, "hidden_size", 0) or max(shape.in_features for shape in shapes.values()),
         vocabulary=0 if head is None else getattr(head, "out_features", 0),
+        stored_outside=stored + sum(p.nbytes for key, p in outside.items() if key not in tables),
     )
 
 

@@ -190,3 +190,16 @@ def test_a_model_that_is_not_built_without_numbers_has_no_plan(monkeypatch):
 
     monkeypatch.setattr(pipeline_plan, "plan_of_model", fail)
     pipeline_plan.check_plan(whole_models.make("llama"), CRVQConfig())
+
+
+def test_embeddings_in_codes_are_planned(large):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LARGE)).to(torch.bfloat16)
+    coded = sizes_of(model, CRVQConfig(embedding_bits=4))
+    table = 128256 * 8192
+    assert large.stored_outside == 2 * large.outside
+    assert 0.99 * table < coded.stored_outside - 2 * 8192 <= table  # two of half a byte a weight
+    plain, more = (plan_of(coded, work(codes_embeddings=codes), machine()) for codes in (False, True))
+    assert 12 * table <= more.phases["embeddings"] < 14 * table  # of each weight three numbers, and a search
+    assert more.phases["end-to-end fine-tuning"] > plain.phases["end-to-end fine-tuning"]
+    assert memory.finished_bytes(coded) < memory.finished_bytes(large)
