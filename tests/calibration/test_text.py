@@ -12,11 +12,11 @@ import torch
 from tiny import TEXT, tiny_model, tiny_tokenizer
 
 from crvq_hf import CRVQConfig
+from crvq_hf.calibration import text as reading
 from crvq_hf.calibration.text import drawn_tokens, first_tokens, read_text
 from crvq_hf.calibration.tokens import calibration_tokens
 from crvq_hf.dataset.grammar import shareable_dataset, split_field
 from crvq_hf.evaluation.perplexity import perplexity, read_text_tokens
-from crvq_hf.pipeline import text as reading
 from crvq_hf.pipeline.fingerprint import run_fingerprint
 
 LINES = TEXT.split("\n")

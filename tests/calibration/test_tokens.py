@@ -10,8 +10,8 @@ from tiny import TEXT, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from crvq_hf import CRVQConfig
+from crvq_hf.calibration import tokens as calibration
 from crvq_hf.calibration.tokens import calibration_tokens, num_sequences
-from crvq_hf.pipeline import calibration
 
 pytestmark = pytest.mark.usefixtures("precision", "quiet")
 

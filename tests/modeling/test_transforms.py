@@ -17,6 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crvq_hf import CRVQLinear
 from crvq_hf.modeling.embedding import Int8Head
 from crvq_hf.modeling.rows import quantize_rows
+from crvq_hf.modeling.table import ROW_SCALE
+
+
+def head_of(dense: nn.Linear) -> Int8Head:
+    numbers, scales = quantize_rows(dense.weight)
+    return Int8Head(dense, {"weight": numbers, ROW_SCALE: scales})
 
 
 @pytest.fixture
@@ -95,7 +101,7 @@ def test_a_transform_gives_what_it_gives_for_a_dense_layer(weight, layer, dense,
 )
 def test_a_head_in_8_bits_under_a_transform(name, dtype):
     dense = nn.Linear(64, 24, bias=False).to(dtype).requires_grad_(False)
-    head = Int8Head(dense, *quantize_rows(dense.weight))
+    head = head_of(dense)
     x, tangent = torch.randn(3, 64).to(dtype), torch.randn(3, 64).to(dtype)
     results = zip(TRANSFORMS[name](head, x, tangent), TRANSFORMS[name](head.to_dense(dtype), x, tangent), strict=True)
     for ours, theirs in results:
@@ -104,7 +110,7 @@ def test_a_head_in_8_bits_under_a_transform(name, dtype):
 
 def test_a_traced_head_takes_any_number_of_tokens():
     dense = nn.Linear(64, 24)
-    head = Int8Head(dense, *quantize_rows(dense.weight))
+    head = head_of(dense)
     trace = torch.jit.trace(head, torch.randn(3, 64))
     x = torch.randn(20, 64)
     close(trace(x), head(x))
