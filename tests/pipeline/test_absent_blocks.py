@@ -201,6 +201,7 @@ print("beyond", most - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what is in memory and in no file")
+@pytest.mark.slow
 def test_memory_stays_below_the_size_of_the_model(folder, tmp_path):
     """Of a mixture of experts, which are fused when loaded and would all be in memory."""
     small = Path(folder("qwen3_moe")).rename(tmp_path / "small")

@@ -107,7 +107,6 @@ CASES = {
     "M=200 fp16 head": lambda: rows_gemm(*head_args(200, FP16)),
     "M=3 fp32 head": lambda: rows_gemm(*head_args(3, FP32)),
     "search d8 e8": lambda: choose_codes_(*search_args()),
-    "search d4 e7": lambda: choose_codes_(*search_args(4, 128)),
     "search d16 e12": lambda: choose_codes_(*search_args(16, 4096)),
     "fp16 d8 e8": lambda: dequantize_weight(*layer(), FP16, permuted=True),
     "bf16 d16 e12": lambda: dequantize_weight(*layer(16, 12), BF16, permuted=True),
