@@ -8,7 +8,7 @@ from pathlib import Path
 USAGE = "usage: python -m benchmarks NAME [options]\n\nNAME --help has the options."
 # The folders and, by name, the scripts in them: each has `main(arguments)`, which returns the exit code or None for 0.
 SCRIPTS = {
-    "quality": ("inputs", "perplexity", "peers", "studies"),
+    "quality": ("embeddings", "inputs", "perplexity", "peers", "studies"),
     "speed": (
         "cpu",
         "cpu_model",
