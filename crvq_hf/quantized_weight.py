@@ -110,6 +110,16 @@ class LayerShape:
         }
 
     @property
+    def fit_options(self) -> dict[str, int]:
+        """The arguments of `fit_weight` that make a layer of this shape."""
+        return {
+            "in_group_size": self.in_group_size,
+            "codebook_size": self.codebook_size,
+            "num_extended_codebooks": self.num_codebooks - 1,
+            "num_critical_groups": self.num_critical_groups,
+        }
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors, bias apart."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors().values())

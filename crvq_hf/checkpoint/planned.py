@@ -15,10 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..config import EMBEDDING_BITS, ROW_BITS, CRVQConfig
+from ..config import EMBEDDING_BITS, CRVQConfig
 from ..dataset.grammar import shareable_dataset
-from ..modeling.embedding import ROW_SCALE, TableShape, parts_of
+from ..modeling.embedding import parts_of
 from ..modeling.replace import is_dense_linear, linear_size
+from ..modeling.table import stored_tensors
 from .headers import DTYPES
 from .metadata import CONFIG_HASH_KEY, HASHES_KEY, VERSION_KEY
 
@@ -81,7 +82,8 @@ class PlannedCheckpoint:
                 part, tensors = LINEARS, config.layer_shape(*linear_size(linears[module])).tensors()
                 tensors = {f"{module}.{one}": shape for one, shape in tensors.items()}
             elif name in self._tables[config.embedding_bits]:
-                part, tensors = self._parts[name], table_tensors(name, tensor, config.embedding_bits)
+                tensors = stored_tensors(*tensor.shape, config.embedding_bits)
+                part, tensors = self._parts[name], {f"{module}.{one}": shape for one, shape in tensors.items()}
             else:
                 part, tensors = self._parts.get(name, REST), {name: (tuple(tensor.shape), tensor.dtype)}
             sizes[part] += _data_bytes(tensors)
@@ -103,21 +105,6 @@ class PlannedCheckpoint:
         recorded.modules_to_not_convert = sorted(dense) or None
         alone = json.dumps({"quantization_config": recorded.to_dict()}, indent=2, sort_keys=True)
         return len(alone) - len("{\n\n}") + len(",\n")
-
-
-def table_tensors(name: str, weight: torch.Tensor, bits: float) -> Tensors:
-    """Returns what is stored of an embedding or a head in fewer than 16 bits per weight.
-
-    Args:
-        name: of its weight.
-        weight: `[V, H]`, dense.
-        bits: one of `EMBEDDING_BITS`.
-    """
-    module = name.removesuffix("weight")
-    if bits < ROW_BITS:
-        return {f"{module}{key}": stored for key, stored in TableShape(*weight.shape, bits).tensors().items()}
-    scale = f"{module}{ROW_SCALE}"
-    return {name: (tuple(weight.shape), torch.int8), scale: (tuple(weight.shape[:1]), torch.float16)}
 
 
 def bytes_in(write: Callable[[Path], Any]) -> int:

@@ -16,7 +16,7 @@ from ..config import ROW_BITS
 from .coded import CodedEmbedding, CodedHead
 from .row_modules import Int8Embedding, Int8Head, RowNumbers, Rows, answer_dtypes_
 from .rows import quantize_rows
-from .table import GROUP, ROW_SCALE, TableShape, stored_table_bytes
+from .table import GROUP, ROW_SCALE, stored_tensors
 
 logger = logging.getLogger("crvq")
 
@@ -37,7 +37,6 @@ __all__ = [
     "quantize_embeddings_",
     "replace_embeddings_",
     "set_rows_",
-    "stored_table_bytes",
     "tell_dense",
 ]
 
@@ -126,12 +125,9 @@ def replace_embeddings_(model: nn.Module, names: Iterable[str], bits: float) -> 
         raise ValueError(f"The checkpoint has {bits:g}-bit rows for {strange}, in the model it is a {kind}.")
     for parts, weight in distinct_tables(model, found).items():
         if {*parts} & {*names}:
-            shapes = {"weight": (weight.shape, torch.int8), ROW_SCALE: (weight.shape[:1], weight.dtype)}
-            if bits < ROW_BITS:
-                shapes = TableShape(*weight.shape, bits).tensors()
             tensors = {
                 key: torch.empty(shape, dtype=weight.dtype if dtype.is_floating_point else dtype, device="meta")
-                for key, (shape, dtype) in shapes.items()
+                for key, (shape, dtype) in stored_tensors(*weight.shape, bits).items()
             }
             for layer in set_rows_(model, parts, tensors):
                 # Models' `_init_weights` would draw random numbers into a module that is not marked as done.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..config import ROW_BITS
 from ..quantized_weight import TENSOR_NAMES, LayerShape, QuantizedWeight
 
 ROW_SCALE = "weight_row_scale"
@@ -87,31 +88,29 @@ class TableShape:
         named |= {FACTOR: ((self.num_rows, RANK), torch.float16), BASIS: ((RANK, self.num_channels), torch.float16)}
         return named | {ROWS: ((self.num_frequent,), torch.int32)}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored tensors."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors().values())
-
 
 def _constants(num_codebooks: int, codebook_size: int, num_channels: int) -> tuple[int, int]:
     """Returns bits per code and critical groups of a part of a table, which follow from its codebooks."""
     return 7 if codebook_size <= 128 else 8, num_channels // GROUP if num_codebooks > 1 else 0
 
 
-def stored_table_bytes(num_rows: int, num_channels: int, embedding_bits: float, itemsize: int = 2) -> int:
-    """Returns the bytes of a stored embedding or head `[num_rows, num_channels]`, exactly; a tied one counts once.
+def stored_tensors(num_rows: int, num_channels: int, bits: float) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Returns shape and dtype of what is stored of an embedding or head `[V, K]`, by name; a tied one is stored once.
 
     Args:
         num_rows: V, tokens.
         num_channels: K.
-        embedding_bits: see `CRVQConfig`; where a group of 4 channels does not fit, fewer than 8 leave it as it is.
-        itemsize: bytes of a weight that is left as it is.
+        bits: `embedding_bits`, at most 8.
     """
-    if embedding_bits == 8:
-        return num_rows * (num_channels + torch.float16.itemsize)
-    if embedding_bits == 16 or num_channels % GROUP:
-        return num_rows * num_channels * itemsize
-    return TableShape(num_rows, num_channels, embedding_bits).nbytes
+    if bits < ROW_BITS:
+        return TableShape(num_rows, num_channels, bits).tensors()
+    return {"weight": ((num_rows, num_channels), torch.int8), ROW_SCALE: ((num_rows,), torch.float16)}
+
+
+def stored_bytes(num_rows: int, num_channels: int, bits: float) -> int:
+    """Returns the bytes of `stored_tensors`."""
+    tensors = stored_tensors(num_rows, num_channels, bits).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
 
 
 @dataclass(frozen=True, eq=False)

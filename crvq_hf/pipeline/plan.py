@@ -72,7 +72,7 @@ def check_plan(model: PreTrainedModel, config: CRVQConfig) -> None:
     try:
         found = plan_of_model(model, config)
     except Exception as error:  # whatever a model's own code raises on the meta device
-        logger.debug("There is no plan for %s: %s", type(model).__name__, error)
+        logger.info("What it will need is not known: there is no plan for %s (%s).", type(model).__name__, error)
         return
     for line in found.lines():
         logger.info("Plan: %s.", line)

@@ -167,10 +167,7 @@ def _quantize_linear(run: Run, index: int, name: str, hessian: Tensor) -> None:
     fitted = fit_weight(
         weight,
         hessian,
-        in_group_size=shape.in_group_size,
-        codebook_size=shape.codebook_size,
-        num_extended_codebooks=shape.num_codebooks - 1,
-        num_critical_groups=shape.num_critical_groups,
+        **shape.fit_options,
         importance=run.config.importance,
         generator=torch.Generator().manual_seed(seed),
     )

@@ -52,10 +52,7 @@ def _fit_part(weight: Tensor, metric: Tensor, shape: LayerShape, generator: torc
     fitted = fit_rows(
         weight,
         metric,
-        in_group_size=shape.in_group_size,
-        codebook_size=shape.codebook_size,
-        num_extended_codebooks=shape.num_codebooks - 1,
-        num_critical_groups=shape.num_critical_groups,
+        **shape.fit_options,
         generator=generator,
     )
     return to_stored(fitted, shape.nbits, shape.codebook_bits)

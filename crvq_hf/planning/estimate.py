@@ -91,7 +91,6 @@ def _tuning(block: BlockSizes, rates: Rates) -> float:
 
 def measure(work: Work, device: torch.device, config: CRVQConfig) -> Rates:
     """Returns the rates of this machine, in some seconds."""
-    d = config.in_group_size if config.bits is None else 8
     times, fitted = [], None
     for k in _INPUTS:
         weight = torch.randn(_OUTPUTS, k, device=device)
@@ -99,15 +98,7 @@ def measure(work: Work, device: torch.device, config: CRVQConfig) -> Rates:
         shape = config.layer_shape(k, _OUTPUTS)
 
         def fit(weight=weight, hessian=hessian, shape=shape):
-            return fit_weight(
-                weight,
-                hessian,
-                in_group_size=d,
-                codebook_size=shape.codebook_size,
-                num_extended_codebooks=shape.num_codebooks - 1,
-                num_critical_groups=shape.num_critical_groups,
-                generator=torch.Generator().manual_seed(0),
-            )
+            return fit_weight(weight, hessian, **shape.fit_options, generator=torch.Generator().manual_seed(0))
 
         if not times:
             fit()  # what is compiled and allocated once

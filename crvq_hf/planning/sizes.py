@@ -15,7 +15,7 @@ from ..config import CRVQConfig
 from ..modeling.embedding import find_embeddings
 from ..modeling.experts import UnfusedExperts, find_fused_experts
 from ..modeling.replace import is_named_by, linear_size, quantizable_linears
-from ..modeling.table import stored_table_bytes
+from ..modeling.table import stored_bytes
 from ..quantized_weight import LayerShape
 from ..selection.budget import spend
 from ..selection.size import within_size
@@ -118,7 +118,7 @@ def sizes_of(model: PreTrainedModel, config: CRVQConfig) -> ModelSizes:
     head = model.get_output_embeddings()
     outside = {id(p): p for p in model.parameters() if id(p) not in inside}
     tables = {id(part.weight): part.weight for part in find_embeddings(model, config.embedding_bits).values()}
-    stored = sum(stored_table_bytes(*weight.shape, config.embedding_bits) for weight in tables.values())
+    stored = sum(stored_bytes(*weight.shape, config.embedding_bits) for weight in tables.values())
     return ModelSizes(
         name=type(model).__name__,
         blocks=tuple(blocks),

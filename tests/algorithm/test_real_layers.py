@@ -62,10 +62,7 @@ def fit(weight: torch.Tensor, hessian: torch.Tensor, **fields):
     fitted = fit_weight(
         weight,
         hessian,
-        in_group_size=shape.in_group_size,
-        codebook_size=shape.codebook_size,
-        num_extended_codebooks=shape.num_codebooks - 1,
-        num_critical_groups=shape.num_critical_groups,
+        **shape.fit_options,
         generator=torch.Generator().manual_seed(0),
     )
     return fitted, to_stored(fitted, shape.nbits, shape.codebook_bits)

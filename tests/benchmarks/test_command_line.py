@@ -52,7 +52,7 @@ def test_help(name, capsys):
 
 def test_an_unknown_name_is_named():
     ended = run("nothing")
-    assert ended.returncode == 2 and ended.stderr.startswith("There is no benchmark 'nothing'; there are inputs, ")
+    assert ended.returncode == 2 and ended.stderr.startswith("There is no benchmark 'nothing'; there are embeddings, ")
 
 
 def test_processes_of_a_script_find_it():
