@@ -26,9 +26,9 @@ logger = logging.getLogger("crvq")
 
 # How many times the dense model's perplexity SmolLM2-135M-Instruct has on WikiText-2, by stored bits of its linear
 # layers (benchmarks/results/quality.csv: the default preset; at 1.14 bits the median of three seeds; 20.1 dense), and
-# by bits of its embeddings where its blocks are dense (benchmarks/LOG.md, "What bits of embeddings cost").
+# by bits of its embeddings where its blocks are dense (benchmarks/results/embeddings.csv).
 _OF_LINEARS = ((1.141, 115.34 / 20.1), (1.993, 43.61 / 20.1), (2.998, 29.17 / 20.1))
-_OF_EMBEDDINGS = ((2.0, 1.395), (2.5, 1.176), (3.0, 1.103), (4.0, 1.051), (8.0, 1.001))
+_OF_EMBEDDINGS = ((2.0, 1.298), (2.5, 1.14), (3.0, 1.096), (3.5, 1.053), (4.0, 1.044), (8.0, 1.001))
 _STEP, _MOST, _HALVINGS = 0.5, 8.0, 9  # bits per weight of linear layers that are tried, and how finely in between
 
 
