@@ -20,7 +20,12 @@ from checkpoints import TEXTS, TOKENS, transformers_writes
 from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.timeout(1200)
-GREEDY = {"model": "smollm2", "max_tokens": TOKENS, "temperature": 0, "extra_body": {"ignore_eos": True}}
+GREEDY = {
+    "model": "smollm2",
+    "max_tokens": TOKENS,
+    "temperature": 0,
+    "extra_body": {"ignore_eos": True, "skip_special_tokens": False},
+}
 
 
 @pytest.fixture(scope="module")
