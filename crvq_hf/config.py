@@ -6,6 +6,7 @@ command line prints their help, `to_dict` stores those that describe a checkpoin
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -18,12 +19,13 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .dataset.grammar import checked_dataset, has_samples, listed, shareable_dataset
+from .dataset.grammar import checked_dataset, has_samples, shareable_dataset
+from .naming import checked_overrides, checked_patterns, is_named_by
 from .quantized_weight import LayerShape, num_critical_groups
 
 QUANT_METHOD = "crvq"
 QUANTIZER_PACKAGE = "crvq-hf"  # stands in config.json for those who meet a checkpoint and do not know the method
-FORMAT_VERSIONS = (1, 2, 3, 4)  # that can be read; a checkpoint is written in the oldest that can hold it
+FORMAT_VERSIONS = (1, 2, 3, 4, 5)  # that can be read; a checkpoint is written in the oldest that can hold it
 
 
 # Bits per weight of embeddings and heads: as they are, int8 rows, and codes (see `quantized_weight.TableShape`).
@@ -39,7 +41,7 @@ PRESETS: dict[str, dict[str, int]] = {
 # What a budget of `bits` decides, and the fewest channels that it may give a code; and what `fit` decides.
 BUDGETED = ("in_group_size", "nbits_per_codebook", "num_extended_codebooks", "critical_ratio")
 FINEST_GROUP = 4
-DECIDED = {"bits": BUDGETED, "fit": ("bits", *BUDGETED, "embedding_bits")}
+DECIDED = {"bits": (*BUDGETED, "overrides"), "fit": ("bits", *BUDGETED, "overrides", "embedding_bits")}
 # Bytes of the units of a size, in small letters.
 UNITS = {"b": 1} | {f"{letter}b": 1000**i for i, letter in enumerate("kmgt", 1)}
 UNITS |= {f"{letter}ib": 1024**i for i, letter in enumerate("kmgt", 1)}
@@ -105,20 +107,8 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def _names(name: str, value: Any) -> list[str] | None:
-    if value is None:
-        return None
-    names = listed(value)
-    if names is None or not all(isinstance(item, str) and item for item in names):
-        raise ValueError(f"{name} must be a list of module names or None, got {value!r}.")
-    for item in names:
-        try:
-            re.compile(item)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(
-                f"{name} must hold names or regular expressions, but {item!r:.80} is neither: {error}."
-            ) from None
-    return names
+def _overrides(name: str, value: Any) -> dict[str, dict[str, Any]] | None:
+    return checked_overrides(name, value, {key: FIELDS[key].metadata["check"] for key in BUDGETED})
 
 
 def _device(name: str, value: Any) -> str | torch.device | None:
@@ -171,8 +161,8 @@ class CRVQConfig(QuantizationConfigMixin):
     quantizer_package: str = _option(QUANTIZER_PACKAGE, "package that reads it", _one_of(QUANTIZER_PACKAGE))
     format_version: int = _option(
         3,
-        "version of the checkpoint format: 4 with embeddings in fewer than 8 bits, else 3 with 8-bit codebooks, "
-        "else 2 with 8-bit embeddings, else 1; follows by itself",
+        "version of the checkpoint format: 5 with overrides, else 4 with embeddings in fewer than 8 bits, else 3 with "
+        "8-bit codebooks, else 2 with 8-bit embeddings, else 1; follows by itself",
         _format_version,
     )
     bits: float | None = _option(
@@ -193,6 +183,11 @@ class CRVQConfig(QuantizationConfigMixin):
         1, "codebooks that serve only the critical channels, 0 to 7; 0 is plain vector quantization", _integer(0, 7)
     )
     critical_ratio: float = _option(0.04, "share of input channels that are critical, 0 to 1", _number(0, 1))
+    overrides: dict[str, dict[str, Any]] | None = _option(
+        None,
+        'what is set otherwise for some layers, by names or regexes of modules: {"layers.0": {"in_group_size": 4}}',
+        _overrides,
+    )
     codebook_bits: int = _option(8, "bits of a codebook entry: 8 (int8) or 16 (float16)", _one_of(8, 16))
     importance: str = _option(
         "weight_activation",
@@ -225,7 +220,9 @@ class CRVQConfig(QuantizationConfigMixin):
     e2e_nsamples: int = _option(
         0, "calibration sequences for end-to-end fine-tuning; 0: 6 times nsamples, or what the text has", _integer(0)
     )
-    modules_to_not_convert: list[str] | None = _option(None, "names or regexes of modules to leave dense", _names)
+    modules_to_not_convert: list[str] | None = _option(
+        None, "names or regexes of modules to leave dense", checked_patterns
+    )
     tokenizer: Any = _option(None, "tokenizer, or its name; None takes the model's own", _anything, stored=False)
     device: str | torch.device | None = _option(
         None, "device to compute on; None takes cuda if present, else cpu", _device, stored=False
@@ -262,10 +259,11 @@ class CRVQConfig(QuantizationConfigMixin):
                 value = value.item()
             value = FIELDS[name].metadata["check"](name, value)
         super().__setattr__(name, value)
-        if name in ("codebook_bits", "embedding_bits"):
+        if name in ("codebook_bits", "embedding_bits", "overrides"):
             has = self.__dict__.get
             coded, rows = self.has_coded_embeddings, has("embedding_bits") == ROW_BITS
-            self.__dict__["format_version"] = 4 if coded else 3 if has("codebook_bits") == 8 else 2 if rows else 1
+            version = 4 if coded else 3 if has("codebook_bits") == 8 else 2 if rows else 1
+            self.__dict__["format_version"] = 5 if has("overrides") else version
 
     @property
     def has_coded_embeddings(self) -> bool:
@@ -290,11 +288,14 @@ class CRVQConfig(QuantizationConfigMixin):
         """Returns the stored fields, all of them plain JSON values."""
         stored = [name for name, field in FIELDS.items() if field.metadata["stored"]]
         later = {1: ("embedding_bits", "codebook_bits"), 2: ("codebook_bits",)}.get(self.format_version, ())
+        later += () if self.overrides else ("overrides",)
         undecided = [name for name in DECIDED if getattr(self, name) is None]
         undecided += [name for budget in DECIDED.keys() - undecided for name in DECIDED[budget]]
         # Readers of older formats do not know `later` fields.
         stored = [name for name in stored if name not in (*later, *undecided)]
         fields = {name: list(value) if isinstance(value := getattr(self, name), list) else value for name in stored}
+        if fields.get("overrides"):
+            fields["overrides"] = copy.deepcopy(self.overrides)
         if has_samples(self.dataset):  # tensors
             fields["dataset"] = shareable_dataset(self.dataset)
         return fields
@@ -314,8 +315,28 @@ class CRVQConfig(QuantizationConfigMixin):
         """Whether `bits` or `fit` is yet to be spent, so that the shapes of layers are not decided."""
         return self.bits is not None or self.fit is not None
 
+    def of_layer(self, name: str) -> CRVQConfig:
+        """Returns the config of the layer `name`: this one, or one with what `overrides` sets for it.
+
+        Raises:
+            ValueError: two of them set different values.
+        """
+        found: dict[str, Any] = {}
+        for pattern, own in (self.overrides or {}).items():  # in any order: writers of JSON sort them
+            for key, value in own.items() if is_named_by(name, [pattern]) else ():
+                if found.setdefault(key, value) != value:
+                    raise ValueError(
+                        f"overrides set {key} of {name} to {found[key]:g} and, by {pattern!r}, to {value:g}; let one "
+                        "of them not name it."
+                    )
+        if not found:
+            return self
+        config = copy.copy(self)
+        config.__dict__.update(found, overrides=None)
+        return config
+
     def layer_shape(self, in_features: int, out_features: int) -> LayerShape:
-        """Returns the shape that this config gives to a layer; the one place where it is derived.
+        """Returns the shape that this config, one `of_layer`, gives to a layer; the one place where it is derived.
 
         Args:
             in_features: K, a multiple of `in_group_size`.

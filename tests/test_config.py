@@ -25,6 +25,7 @@ ACCEPTED = {
     "nbits_per_codebook": [4, 8, 12],
     "num_extended_codebooks": [0, 7],
     "critical_ratio": [0, 0.02, 0.5, 1],
+    "overrides": [None, {r"layers\.[01]": {"critical_ratio": 1.0}, "v_proj": {"in_group_size": 4}}],
     "codebook_bits": [8, 16],
     "importance": ["weight_activation", "weight", "random"],
     "dataset": ["self", "wikitext2", "c4", "texts.txt", ["one text", "another"], None],
@@ -44,13 +45,24 @@ ACCEPTED = {
 REJECTED = {
     "quant_method": ["gptq", None],
     "quantizer_package": ["other", None],
-    "format_version": [0, 5, "1", 1.0, None, True],
+    "format_version": [0, 6, "1", 1.0, None, True],
     "bits": [0.4, 9, "1.1", float("nan"), True],
     "fit": [0, -1, "", "4 parsecs", "40Mbit", "40M", "MB", "-4GB", "4,5GB", "1e99", float("nan"), True, [1]],
     "in_group_size": [0, 2, 32, "8", None, True],
     "nbits_per_codebook": [3, 13, 8.0, "8", None, True],
     "num_extended_codebooks": [-1, 8, 1.5, None, False],
     "critical_ratio": [-0.01, 1.01, float("nan"), float("inf"), "0.1", None, True],
+    "overrides": [
+        [],
+        ["layers.0"],
+        "layers.0",
+        "[",
+        {"a": 1},
+        {"a": {}},
+        {"": {"critical_ratio": 1}},
+        {1: {"critical_ratio": 1}},
+    ]
+    + [{"*.": {"critical_ratio": 1}}, {"a": {"codebook_bits": 8}}, {"a": {"in_group_size": 5}}],
     "codebook_bits": [4, 32, "8", None, True],
     "importance": ["activation", 0, None],
     "dataset": ["", [], [1], 5, {"a": 1}, (text for text in "ab")],
@@ -114,7 +126,7 @@ def test_unknown_field_names_the_closest(name, closest):
 
 
 def test_unknown_version_is_reported_before_its_unknown_fields():
-    with pytest.raises(ValueError, match="format_version 7.*only format_version 1, 2, 3 and 4"):
+    with pytest.raises(ValueError, match="format_version 7.*only format_version 1, 2, 3, 4 and 5"):
         CRVQConfig(format_version=7, something_new=1)
 
 
@@ -144,7 +156,9 @@ def test_runtime_fields_are_not_stored():
     config = CRVQConfig(tokenizer=object(), device=torch.device("cpu"), work_dir="w", dequantize=True)
     assert not {"tokenizer", "device", "work_dir", "dequantize"} & set(config.to_dict())
     assert CRVQConfig.from_dict(config.to_dict()) == CRVQConfig()
-    assert set(config.to_dict()) | {"bits", "fit"} == {n for n, field in FIELDS.items() if field.metadata["stored"]}
+    assert set(config.to_dict()) | {"bits", "fit", "overrides"} == {
+        n for n, field in FIELDS.items() if field.metadata["stored"]
+    }
 
 
 def test_format_version_is_the_oldest_that_can_hold_it():
@@ -162,8 +176,25 @@ def test_format_version_is_the_oldest_that_can_hold_it():
     assert CRVQConfig.from_dict(config.to_dict()) == config
     config.codebook_bits = 16
     assert config.to_dict()["codebook_bits"] == 16 and config.to_dict()["format_version"] == 4
-    config.codebook_bits, config.embedding_bits = 8, 16
-    assert config.format_version == 3 and config == CRVQConfig()
+    config.overrides = {"layers.0": {"critical_ratio": 1.0}}
+    assert config.to_dict()["overrides"] == config.overrides and config.to_dict()["format_version"] == 5
+    assert CRVQConfig.from_dict(config.to_dict()) == config
+    config.codebook_bits, config.embedding_bits, config.overrides = 8, 16, None
+    assert config.format_version == 3 and config == CRVQConfig() and "overrides" not in config.to_dict()
+
+
+def test_overrides_of_some_layers():
+    overrides = {"layers.0": {"critical_ratio": 1}, "v_proj": {"nbits_per_codebook": 6}}
+    config = CRVQConfig(overrides=json.dumps(overrides))  # as on the command line
+    assert config.overrides == overrides
+    first, value, other = (config.of_layer(f"model.layers.{name}") for name in ("0.v_proj", "10.v_proj", "10.q_proj"))
+    assert (first.critical_ratio, first.nbits_per_codebook) == (1.0, 6)
+    assert (value.critical_ratio, value.nbits_per_codebook) == (0.04, 6)
+    with pytest.raises(ValueError, match="overrides set nbits_per_codebook of a.v to 6 and, by 'a', to 8; let one"):
+        CRVQConfig(overrides={"v": {"nbits_per_codebook": 6}, "a": {"nbits_per_codebook": 8}}).of_layer("a.v")
+    assert other is config and config.layer_shape(576, 64).nbits == 8 and value.layer_shape(576, 64).nbits == 6
+    config.to_dict()["overrides"]["layers.0"]["critical_ratio"] = 0.5
+    assert config.overrides == overrides
 
 
 @pytest.mark.parametrize("version", [1, 2])

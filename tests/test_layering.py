@@ -27,6 +27,7 @@ ROOMS = {
         "algorithm",
         "quantized_weight",
         "dataset",
+        "naming",
         "config",
         "blocks",
         "modeling",

@@ -119,7 +119,7 @@ def _place(name: str) -> tuple[int, str]:
 
 def _layer_bits(info: CheckpointInfo, name: str, layer: LayerSize) -> dict[str, int]:
     """Returns the stored bits of one layer by part; what pads a row to bytes counts to its last codes."""
-    shape = info.crvq.layer_shape(layer.in_features, layer.out_features)
+    shape = info.crvq.of_layer(name).layer_shape(layer.in_features, layer.out_features)
     stored = {key: 8 * info.tensors[f"{name}.{key}"].nbytes for key in ("weight", "weight_codebooks", "weight_scale")}
     base = layer.out_features * shape.num_groups * shape.nbits if shape.num_codebooks > 1 else stored["weight"]
     return {

@@ -232,7 +232,7 @@ def check_layer(
     Raises:
         ValueError: a tensor is missing, or its shape or dtype contradicts the config.
     """
-    for name, (shape, dtype) in config.layer_shape(in_features, out_features).tensors().items():
+    for name, (shape, dtype) in config.of_layer(module).layer_shape(in_features, out_features).tensors().items():
         found = _require(tensors, f"{module}.{name}")
         if found.shape != shape or DTYPES.get(found.dtype) != dtype:
             raise ValueError(

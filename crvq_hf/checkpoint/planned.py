@@ -74,12 +74,14 @@ class PlannedCheckpoint:
             config: how it is quantized, without a budget.
             linears: the layers that are quantized, by name; those that its groups do not fit stay dense.
         """
-        linears = {name: m for name, m in linears.items() if linear_size(m)[0] % config.in_group_size == 0}
+        linears = {
+            name: m for name, m in linears.items() if linear_size(m)[0] % config.of_layer(name).in_group_size == 0
+        }
         sizes, stored = dict.fromkeys((LINEARS, *self._parts.values(), REST), 0), {}
         for name, tensor in self._tensors.items():
             module, _, key = name.rpartition(".")
             if key == "weight" and module in linears:
-                part, tensors = LINEARS, config.layer_shape(*linear_size(linears[module])).tensors()
+                part, tensors = LINEARS, config.of_layer(module).layer_shape(*linear_size(linears[module])).tensors()
                 tensors = {f"{module}.{one}": shape for one, shape in tensors.items()}
             elif name in self._tables[config.embedding_bits]:
                 tensors = stored_tensors(*tensor.shape, config.embedding_bits)

@@ -209,7 +209,7 @@ def _layer_problems(files: list[Path], tensors: dict[str, TensorInfo], config: C
 
     for module in quantized_modules(tensors):
         weight = {name: tensor(f"{module}.{name}") for name in TENSOR_NAMES}
-        shape = config.layer_shape(len(weight["weight_order"]), len(weight["weight_scale"]))
+        shape = config.of_layer(module).layer_shape(len(weight["weight_order"]), len(weight["weight_scale"]))
         try:
             QuantizedWeight.from_tensors(weight, shape.nbits, shape.num_critical_groups).check(module)
         except ValueError as error:

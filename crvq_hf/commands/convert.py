@@ -255,9 +255,11 @@ def _check_space(model: PreTrainedModel, config: CRVQConfig, folder: Path) -> No
     if config.fit is not None:
         needed = 2 * min(config.fit, sum(parameter.nbytes for parameter in model.parameters()))
     else:
-        config = within_budget(config, map(linear_size, quantizable_linears(model, config)[0].values()))
+        sizes = {name: linear_size(module) for name, module in quantizable_linears(model, config)[0].items()}
+        config = within_budget(config, sizes)
         linears, _ = quantizable_linears(model, config)
-        quantized = sum(config.layer_shape(*linear_size(module)).nbytes for module in linears.values())
+        shapes = (config.of_layer(name).layer_shape(*linear_size(module)) for name, module in linears.items())
+        quantized = sum(shape.nbytes for shape in shapes)
         inside = {id(module.weight) for module in linears.values()}
         rest = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
         needed = 2 * quantized + rest

@@ -9,6 +9,7 @@ from ..checkpoint.info import CheckpointInfo, read_info
 from ..checkpoint.sources import check_source
 from ..config import CRVQConfig
 from ..modeling.table import ROWS
+from ..naming import told_overrides
 from ..sharing.text import format_table, megabytes
 
 HELP = "sizes, shapes and bits of a checkpoint, from its headers"
@@ -55,7 +56,7 @@ def _method(config: CRVQConfig) -> str:
         f"{config.nbits_per_codebook} bits per code of {config.in_group_size} channels, "
         f"extended codebooks: {config.num_extended_codebooks} for {config.critical_ratio:g} of the channels, "
         f"{config.codebook_bits}-bit codebook entries, "
-        f"importance {config.importance!r}, format version {config.format_version}"
+        f"importance {config.importance!r}, format version {config.format_version}{told_overrides(config.overrides)}"
     )
 
 
@@ -85,7 +86,7 @@ def _layer_table(info: CheckpointInfo) -> list[str]:
     """Returns a header and one row per kind of quantized layer."""
     rows: dict[tuple, int] = {}
     for name, layer in info.layers.items():
-        shape = info.crvq.layer_shape(layer.in_features, layer.out_features)
+        shape = info.crvq.of_layer(name).layer_shape(layer.in_features, layer.out_features)
         books, size, group = info.tensors[f"{name}.weight_codebooks"].shape
         row = (
             _kind(name),

@@ -15,6 +15,7 @@ GROUPS = {
         "nbits_per_codebook",
         "num_extended_codebooks",
         "critical_ratio",
+        "overrides",
         "codebook_bits",
         "importance",
     ),
@@ -79,6 +80,8 @@ def _option(field: dataclasses.Field) -> dict[str, Any]:
         sources += "NAME:CONFIG:SPLIT:FIELD of the hub, a mixture of these such as FILE:0.7,FILE:0.3, or 'none'"
         sound = "for a model that hears, a folder of sound files (NAME.wav; what is said, if known, in NAME.txt)"
         options |= {"metavar": "TEXT", "help": f"calibration text: {sources}; {sound} (default: {field.default})"}
+    elif field.name == "overrides":
+        options |= {"metavar": "JSON"}
     elif field.type.startswith("list["):
         options |= {"action": "append", "metavar": "NAME", "help": f"{text}; may be repeated"}
     return options

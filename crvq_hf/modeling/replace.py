@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable
 
 import torch
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..blocks.absent import present
 from ..blocks.finding import named_blocks
 from ..config import FINEST_GROUP, CRVQConfig
+from ..naming import is_named_by
 from ..quantized_weight import QuantizedWeight
 from .experts import find_fused_experts, shared_parameters, unfuse_experts_
 from .linear import CRVQLinear
@@ -43,7 +43,6 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
     in_float32 = [*(getattr(model, "_keep_in_fp32_modules", None) or ())]
     in_float32 += [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
 
-    multiple = FINEST_GROUP if config.has_budget else config.in_group_size
     linears, skipped = {}, {}
     blocks = named_blocks(model).items()
     modules = ((name, module, block) for path, block in blocks for name, module in block.named_modules(prefix=path))
@@ -51,6 +50,7 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
         if not is_dense_linear(module):
             continue
         in_features, _ = linear_size(module)
+        multiple = FINEST_GROUP if config.has_budget else config.of_layer(name).in_group_size
         if is_named_by(name, patterns):
             skipped[name] = "named in modules_to_not_convert"
         elif type(module) not in (nn.Linear, Conv1D) and not _computes_like_linear(module, block):
@@ -104,11 +104,10 @@ def unfuse_experts_to_quantize_(model: nn.Module, config: CRVQConfig) -> None:
     unfuse_experts_(model, [name for name in known if not is_named_by(name, config.modules_to_not_convert or [])])
 
 
-def unmatched_patterns(model: nn.Module, config: CRVQConfig) -> list[str]:
-    """Returns those of the config's `modules_to_not_convert` that name no module of `model`: typing errors, say."""
+def unmatched_patterns(model: nn.Module, patterns: Iterable[str] | None) -> list[str]:
+    """Returns those of the patterns that name no module of `model`: typing errors, say."""
     names = [name for name, _ in model.named_modules()]
-    patterns = config.modules_to_not_convert or []
-    return [pattern for pattern in patterns if not any(is_named_by(name, [pattern]) for name in names)]
+    return [pattern for pattern in patterns or () if not any(is_named_by(name, [pattern]) for name in names)]
 
 
 def replace_with_crvq_(model: nn.Module, names: Iterable[str], config: CRVQConfig) -> None:
@@ -129,7 +128,7 @@ def replace_with_crvq_(model: nn.Module, names: Iterable[str], config: CRVQConfi
         dense = model.get_submodule(name)
         bias = dense.bias
         layer = CRVQLinear.from_shape(
-            config.layer_shape(*linear_size(dense)),
+            config.of_layer(name).layer_shape(*linear_size(dense)),
             bias=bias is not None,
             bias_dtype=None if bias is None else bias.dtype,
             device=torch.device("meta"),
@@ -189,8 +188,3 @@ def linear_size(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     return module.in_features, module.out_features
-
-
-def is_named_by(name: str, patterns: Iterable[str]) -> bool:
-    """Returns whether a pattern, a name or a regex, matches one or more whole components of the dotted `name`."""
-    return any(re.search(rf"(?:^|\.)(?:{pattern})(?:\.|$)", name) for pattern in patterns)

@@ -70,8 +70,9 @@ def quantize_blocks_(
     device = compute_device(config.device)
     names = list(named_blocks(model))
     linears, _ = quantizable_linears(model, config)
-    for pattern in unmatched_patterns(model, config):
-        logger.warning("modules_to_not_convert: %r matches no module of %s.", pattern, type(model).__name__)
+    for field in ("modules_to_not_convert", "overrides"):
+        for pattern in unmatched_patterns(model, getattr(config, field)):
+            logger.warning("%s: %r matches no module of %s.", field, pattern, type(model).__name__)
     if not linears:
         raise ValueError(f"{type(model).__name__} has no layer to quantize; check modules_to_not_convert.")
     by_block = [[n.removeprefix(f"{block}.") for n in linears if n.startswith(f"{block}.")] for block in names]
@@ -208,7 +209,7 @@ def _advance(run: Run, index: int, full: Stream | None, quantized: Stream | None
     else:
         tensors, note = saved
         lines, run.seconds = note["layers"], note["seconds"]
-        load_block_(block, run.linears[index], tensors, run.config, run.device)
+        load_block_(block, run.linears[index], tensors, run.config, run.names[index], run.device)
         restore_dtypes_(block, dtypes)
         run.layers.update({f"{run.names[index]}.{key}": line for key, line in lines.items()})
     if quantized is not None:

@@ -21,7 +21,12 @@ def tunable_state(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_block_(
-    block: nn.Module, names: list[str], tensors: dict[str, Tensor], config: CRVQConfig, device: torch.device
+    block: nn.Module,
+    names: list[str],
+    tensors: dict[str, Tensor],
+    config: CRVQConfig,
+    path: str,
+    device: torch.device,
 ) -> None:
     """Puts finished linears, norms and biases, as `tunable_state` has returned them, into a block.
 
@@ -30,11 +35,12 @@ def load_block_(
         names: those to replace.
         tensors: by name.
         config: that they were quantized with.
+        path: name of the block in the model.
         device: where the quantized linears go.
     """
     for name in names:
         in_features, out_features = linear_size(block.get_submodule(name))
-        shape = config.layer_shape(in_features, out_features)
+        shape = config.of_layer(f"{path}.{name}").layer_shape(in_features, out_features)
         own = {
             key.removeprefix(f"{name}."): value.to(device)
             for key, value in tensors.items()

@@ -118,6 +118,7 @@ def _exchange_linears(run: Run, index: int, names: list[str], mine: set[str]) ->
         [name for name in names if name not in mine],
         {f"{name}.{key}": t for name, (own, _) in found.items() if name not in mine for key, t in own.items()},
         run.config,
+        run.names[index],
         run.device,
     )
     run.layers.update({full_names[name]: found[name][1] for name in names})
@@ -162,7 +163,7 @@ def _quantize_linear(run: Run, index: int, name: str, hessian: Tensor) -> None:
     module = block.get_submodule(name)
     weight = module.weight.detach().to(run.device, torch.float32)
     weight = weight.T if isinstance(module, Conv1D) else weight
-    shape = run.config.layer_shape(weight.shape[1], weight.shape[0])
+    shape = run.config.of_layer(full_name).layer_shape(weight.shape[1], weight.shape[0])
     seed = int.from_bytes(hashlib.sha256(f"{run.config.seed}:{full_name}".encode()).digest()[:7], "big")
     fitted = fit_weight(
         weight,

@@ -19,8 +19,9 @@ from ..config import ROW_BITS, CRVQConfig
 from ..dataset.grammar import shareable_dataset
 from ..modeling.embedding import Rows, quantize_embeddings_
 from ..modeling.linear import CRVQLinear
-from ..modeling.replace import is_dense_linear, is_named_by, mark_quantized, unfuse_experts_to_quantize_
+from ..modeling.replace import is_dense_linear, mark_quantized, unfuse_experts_to_quantize_
 from ..modeling.stacks import unfuse_stacks_
+from ..naming import is_named_by
 from ..resources.device import compute_device
 from ..resources.settings import leave_inference_mode_, own_settings
 from ..selection.choice import choose_layers, dense_share

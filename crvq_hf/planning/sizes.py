@@ -14,8 +14,9 @@ from ..blocks.runner import run_on
 from ..config import CRVQConfig
 from ..modeling.embedding import find_embeddings
 from ..modeling.experts import UnfusedExperts, find_fused_experts
-from ..modeling.replace import is_named_by, linear_size, quantizable_linears
+from ..modeling.replace import linear_size, quantizable_linears
 from ..modeling.table import stored_bytes
+from ..naming import is_named_by
 from ..quantized_weight import LayerShape
 from ..selection.budget import spend
 from ..selection.size import within_size
@@ -106,7 +107,11 @@ def sizes_of(model: PreTrainedModel, config: CRVQConfig) -> ModelSizes:
     else:
         config, costly = within_size(model, config, linears, lambda bits: find_embeddings(model, bits))
     linears, _ = quantizable_linears(model, config)
-    shapes = {name: config.layer_shape(*linear_size(m)) for name, m in linears.items() if name not in costly}
+    shapes = {
+        name: config.of_layer(name).layer_shape(*linear_size(module))
+        for name, module in linears.items()
+        if name not in costly
+    }
     blocks, inside = [], set()
     for path, block in named_blocks(model).items():
         own = {name.removeprefix(f"{path}."): shape for name, shape in shapes.items() if name.startswith(f"{path}.")}

@@ -117,7 +117,7 @@ class _Search:
     def __init__(self, config: CRVQConfig, planned: PlannedCheckpoint, linears: Mapping[str, nn.Module]) -> None:
         self.config, self.planned, self.linears = config, planned, linears
         self.sizes = {name: linear_size(module) for name, module in linears.items()}
-        self.fewest = fewest_bits(config, self.sizes.values())
+        self.fewest = fewest_bits(config, self.sizes)
         self._spent: dict[float, tuple[CRVQConfig | None, set[str]]] = {}
 
     def plan(self, bits: float, embedding_bits: float) -> Plan | None:
@@ -132,7 +132,9 @@ class _Search:
         config = copy.copy(spent)
         config.embedding_bits = embedding_bits
         linears = {name: module for name, module in self.linears.items() if name not in dense}
-        fitting = [size for name in linears if (size := self.sizes[name])[0] % config.in_group_size == 0]
+        fitting = [
+            size for name in linears if (size := self.sizes[name])[0] % config.of_layer(name).in_group_size == 0
+        ]
         return Plan(config, dense, self.planned.parts(config, linears), sum(map(math.prod, fitting)))
 
     def most(self, embedding_bits: float, nbytes: float) -> Plan | None:

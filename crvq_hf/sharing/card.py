@@ -5,6 +5,7 @@ from typing import Any
 
 from ..checkpoint.breakdown import Breakdown, break_down
 from ..checkpoint.info import CheckpointInfo
+from ..naming import told_overrides
 from .report import REPORT, about_errors, command_line, facts, kind_rows
 
 PAPER = "https://arxiv.org/abs/2412.09282"
@@ -114,7 +115,7 @@ def _settings(info: CheckpointInfo, report: dict[str, Any] | None) -> str:
     return text + (
         f"Every {config.in_group_size} input channels of a row are one code of {config.nbits_per_codebook} bits; "
         f"{config.num_extended_codebooks} further codebooks refine the most important {config.critical_ratio:.1%} of "
-        f"the channels (importance: `{config.importance}`)."
+        f"the channels (importance: `{config.importance}`){told_overrides(config.overrides)}."
     )
 
 

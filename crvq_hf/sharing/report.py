@@ -22,6 +22,7 @@ from ..checkpoint.breakdown import Breakdown, Kind, break_down
 from ..checkpoint.info import CheckpointInfo, read_info
 from ..config import FIELDS, CRVQConfig
 from ..dataset.grammar import shareable_dataset
+from ..naming import told_overrides
 from .figures import draw
 from .text import megabytes
 
@@ -182,8 +183,8 @@ def headline(info: CheckpointInfo, report: dict[str, Any], numbers: Breakdown) -
         f"{model}: {info.bits_per_weight:.3f} bits per weight in {len(info.layers)} quantized layers, "
         f"{megabytes(numbers.file_bytes)} in all",
         f"d {info.crvq.in_group_size}, e {info.crvq.nbits_per_codebook}, {info.crvq.num_extended_codebooks} extended "
-        f"codebooks for {info.crvq.critical_ratio:.1%} of the channels, "
-        f"{report['calibration_tokens']:,} calibration tokens",
+        f"codebooks for {info.crvq.critical_ratio:.1%} of the channels"
+        f"{told_overrides(info.crvq.overrides)}, {report['calibration_tokens']:,} calibration tokens",
     ]
     evaluation = report.get("evaluation")
     if evaluation:
@@ -207,7 +208,8 @@ def command_line(report: dict[str, Any]) -> str | None:
         words += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
     for name, value in command["config"].items():
         if name in FIELDS and name != "format_version" and value != FIELDS[name].default:  # it follows from the others
-            values = value if isinstance(value, list) else ["none" if value is None else str(value)]
+            text = "none" if value is None else json.dumps(value) if isinstance(value, dict) else str(value)
+            values = value if isinstance(value, list) else [text]
             words += [word for one in values for word in (f"--{name.replace('_', '-')}", one)]
     return shlex.join(words)
 

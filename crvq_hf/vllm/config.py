@@ -20,7 +20,7 @@ from ..checkpoint.headers import DTYPES, TensorInfo, read_headers
 from ..config import QUANT_METHOD, CRVQConfig
 from .experts import CRVQExpertsMethod
 from .linear import CRVQLinearMethod
-from .names import ExactRenaming, StoredNames, original_names
+from .names import ExactRenaming, StoredNames, names_of_experts, original_names
 from .vocabulary import Int8RowsMethod
 
 
@@ -96,19 +96,18 @@ class CRVQServing(QuantizationConfig):
         check_parallel(get_current_vllm_config())
         if isinstance(layer, LinearBase):
             names = [prefix] if prefix in self.stored.quantized else self._parts(prefix)
-            return (
-                CRVQLinearMethod(self.crvq, prefix)
-                if self.stored.all_quantized(names, prefix)
-                else (UnquantizedLinearMethod())
-            )
+            if not self.stored.all_quantized(names, prefix):
+                return UnquantizedLinearMethod()
+            return CRVQLinearMethod(self.stored.config(names, self.crvq), prefix)
         if isinstance(layer, VocabParallelEmbedding):
             is_head = isinstance(layer, ParallelLMHead)
             return Int8RowsMethod(prefix) if self.stored.has_rows(prefix, is_head) else None
         if isinstance(layer, RoutedExperts):
             layers = [layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name]
             given = [name for name in layers if name is not None]
-            if self.stored.experts_quantized(prefix, layer.moe_config.num_logical_experts, given):
-                return CRVQExpertsMethod(self.crvq, prefix, layer.moe_config)
+            names = names_of_experts(prefix, layer.moe_config.num_logical_experts, given)
+            if self.stored.all_quantized(names, prefix):
+                return CRVQExpertsMethod(self.stored.config(names, self.crvq), prefix, layer.moe_config)
         return None
 
     def _parts(self, prefix: str) -> list[str]:

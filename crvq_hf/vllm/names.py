@@ -33,11 +33,13 @@ class StoredNames:
         quantized: those with codes.
         rows: embeddings and heads in 8 bits; a head that is tied to its embedding is not stored.
         others: all others that have a weight.
+        configs: of those with codes that have settings of their own.
     """
 
     quantized: set[str]
     rows: set[str] = field(default_factory=set)
     others: set[str] = field(default_factory=set)
+    configs: dict[str, CRVQConfig] = field(default_factory=dict)
 
     @classmethod
     def of_checkpoint(cls, tensors: dict[str, TensorInfo], config: CRVQConfig) -> StoredNames:
@@ -61,11 +63,33 @@ class StoredNames:
         check_embeddings(tensors, config)
         rows = {*embedding_modules(tensors)}
         weights = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
-        return cls({*quantized}, rows, weights - rows - {*quantized})
+        own: dict[str, CRVQConfig] = {}
+        for name in quantized if config.overrides else ():
+            found = config.of_layer(name)
+            # One object for all that are alike: layers find each other by it.
+            own[name] = next((other for other in own.values() if other == found), found)
+        return cls({*quantized}, rows, weights - rows - {*quantized}, own)
 
     def renamed(self, mapper: Any) -> StoredNames:
         """Returns the names as `mapper`, a `WeightsMapper` of vLLM, makes them out of names of tensors."""
-        return StoredNames(*({*_renamed(names, mapper)} for names in (self.quantized, self.rows, self.others)))
+        sets = ({*_renamed(names, mapper)} for names in (self.quantized, self.rows, self.others))
+        configs = {new: config for name, config in self.configs.items() for new in _renamed([name], mapper)}
+        return StoredNames(*sets, configs)
+
+    def config(self, names: list[str], default: CRVQConfig) -> CRVQConfig:
+        """Returns the config of the layers `names`, of which vLLM makes one.
+
+        Raises:
+            ValueError: they have several.
+        """
+        found = self.configs.get(names[0], default)
+        for name in names[1:]:
+            if self.configs.get(name, default) != found:
+                raise ValueError(
+                    f"vLLM makes one layer of {names[0]} and {name}, for which the overrides of the checkpoint set "
+                    "different things; quantize again with the same for both, or serve the model with `crvq serve`."
+                )
+        return found
 
     def all_quantized(self, names: list[str], what: str) -> bool:
         """Returns whether the layers `names`, of which vLLM makes the one layer `what`, have codes: all, or none.
@@ -82,21 +106,6 @@ class StoredNames:
             )
         return not dense
 
-    def experts_quantized(self, prefix: str, num_experts: int, layers: Iterable[str]) -> bool:
-        """Returns whether the experts below `prefix` have codes: all, or none.
-
-        Args:
-            prefix: name of the module that has the experts, one by one, as submodules.
-            num_experts: how many it has.
-            layers: names of the layers of each.
-
-        Raises:
-            ValueError: some have.
-        """
-        return self.all_quantized(
-            [f"{prefix}.{expert}.{layer}" for expert in range(num_experts) for layer in layers], prefix
-        )
-
     def has_rows(self, name: str, is_head: bool) -> bool:
         """Returns whether an embedding or a head has 8 bits.
 
@@ -109,6 +118,11 @@ class StoredNames:
         if is_head:
             return bool(self.rows) and name not in self.others
         return not name and any("head" not in stored.rpartition(".")[2] for stored in self.rows)
+
+
+def names_of_experts(prefix: str, num_experts: int, layers: Iterable[str]) -> list[str]:
+    """Returns the names of all `layers` of the experts below `prefix`."""
+    return [f"{prefix}.{expert}.{layer}" for expert in range(num_experts) for layer in layers]
 
 
 def original_names(config: PreTrainedConfig, names: Iterable[str]) -> dict[str, str]:

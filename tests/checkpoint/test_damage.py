@@ -120,8 +120,8 @@ def test_model_config_that_contradicts_the_shapes(folder):
 
 
 def test_unknown_format_version(folder):
-    change_config(folder, format_version=5, field_of_the_future=3)
-    assert_refused(folder, "format_version 5", "only format_version 1, 2, 3 and 4")
+    change_config(folder, format_version=6, field_of_the_future=3)
+    assert_refused(folder, "format_version 6", "only format_version 1, 2, 3, 4 and 5")
 
 
 def test_unknown_field(folder):

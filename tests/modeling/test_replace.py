@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from crvq_hf import CRVQConfig, CRVQLinear
-from crvq_hf.modeling.replace import is_named_by, quantizable_linears, replace_with_crvq_, set_quantized_, to_dense
+from crvq_hf.modeling.replace import quantizable_linears, replace_with_crvq_, set_quantized_, to_dense
+from crvq_hf.naming import is_named_by
 
 LLAMA_BLOCK = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 

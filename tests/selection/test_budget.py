@@ -14,13 +14,19 @@ from crvq_hf.selection.budget import within_budget
 
 pytestmark = pytest.mark.usefixtures("pipeline")
 
-SMOLLM2 = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)] * 30
-LLAMA_7B = ([(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]) * 32
+
+def blocks(number, sizes):
+    """Returns the sizes of the layers of a model by name, those of one block given."""
+    return {f"model.layers.{block}.{layer}": size for block in range(number) for layer, size in enumerate(sizes)}
+
+
+SMOLLM2 = blocks(30, [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)])
+LLAMA_7B = blocks(32, [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)])
 
 
 def bits_of(config: CRVQConfig, sizes) -> float:
-    shapes = [config.layer_shape(*size) for size in sizes]
-    return 8 * sum(shape.nbytes for shape in shapes) / sum(k * n for k, n in sizes)
+    shapes = [config.of_layer(name).layer_shape(*size) for name, size in sizes.items()]
+    return 8 * sum(shape.nbytes for shape in shapes) / sum(k * n for k, n in sizes.values())
 
 
 @pytest.mark.parametrize("sizes", [SMOLLM2, LLAMA_7B], ids=["SmolLM2-135M", "Llama-2-7B"])
@@ -36,8 +42,21 @@ def test_what_is_chosen():
     fields = [(c.in_group_size, c.nbits_per_codebook, c.num_extended_codebooks) for c in chosen.values()]
     # Scales and orders need some bits, too: not the whole of 1.0, 2.0 and 4.0 is for codes.
     assert fields == [(8, 7, 1), (8, 8, 1), (8, 8, 1), (4, 6, 1), (4, 7, 1), (4, 8, 1), (4, 8, 1)]
-    assert chosen[1.1].critical_ratio == pytest.approx(0.095, abs=0.01)
-    assert chosen[2.5].critical_ratio == pytest.approx(0.245, abs=0.01)
+    assert chosen[1.1].critical_ratio == pytest.approx(0.064, abs=0.01)
+    assert chosen[2.5].critical_ratio == pytest.approx(0.23, abs=0.01)
+
+
+@pytest.mark.parametrize(("bits", "of_first_block"), [(1.15, 1.89), (2.0, 3.0), (3.0, 3.5)])
+def test_the_first_block_has_more(bits, of_first_block):
+    found = within_budget(CRVQConfig(bits=bits), SMOLLM2)
+    assert list(found.overrides) == ["layers.0"] and list(found.overrides["layers.0"]) == ["critical_ratio"]
+    first = {name: size for name, size in SMOLLM2.items() if name.startswith("model.layers.0.")}
+    assert bits_of(found, first) == pytest.approx(of_first_block, abs=0.01)
+
+
+def test_a_first_block_that_is_a_large_part_has_no_more():
+    assert within_budget(CRVQConfig(bits=1.5), blocks(12, LLAMA_7B.values())).overrides is None
+    assert within_budget(CRVQConfig(bits=1.5), blocks(13, LLAMA_7B.values())).overrides
 
 
 def test_other_fields_stay():
@@ -52,10 +71,10 @@ def test_other_fields_stay():
 def test_layers_that_its_groups_do_not_fit_are_not_counted(make_model, bits):
     model = make_model("llama", hidden_size=512, intermediate_size=132)  # only groups of 4 fit down_proj
     config = CRVQConfig(dataset=None, bits=bits)
-    sizes = [linear_size(linear) for linear in quantizable_linears(model, config)[0].values()]
+    sizes = {name: linear_size(linear) for name, linear in quantizable_linears(model, config)[0].items()}
     found = within_budget(config, sizes)
     assert found.in_group_size == (8 if bits < 2 else 4)
-    quantized = [linear_size(linear) for linear in quantizable_linears(model, found)[0].values()]
+    quantized = {name: linear_size(linear) for name, linear in quantizable_linears(model, found)[0].items()}
     assert (quantized == sizes) == (found.in_group_size == 4)
     assert 0.99 * bits <= bits_of(found, quantized) <= bits
 

@@ -127,7 +127,7 @@ def test_what_cannot_be_met_is_refused_before_any_work(tmp_path, capsys, pipelin
 
 @pytest.mark.parametrize("name", DECIDED["fit"])
 def test_a_size_and_what_it_decides_exclude_each_other(name):
-    value = 2 if name == "bits" else FIELDS[name].default
+    value = {"bits": 2, "overrides": {"a": {"critical_ratio": 1.0}}}.get(name, FIELDS[name].default)
     with pytest.raises(ValueError, match=f"fit=10000000 chooses bits, .*; leave out {name}"):
         CRVQConfig(fit=10_000_000, **{name: value})
     config = CRVQConfig(fit="10MB")

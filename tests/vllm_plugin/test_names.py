@@ -6,7 +6,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from crvq_hf import CRVQConfig
 from crvq_hf.checkpoint.headers import read_headers
-from crvq_hf.vllm.names import ExactRenaming, StoredNames, original_names
+from crvq_hf.vllm.names import ExactRenaming, StoredNames, names_of_experts, original_names
 
 
 class Prefix:
@@ -50,7 +50,24 @@ def test_a_fused_layer_that_is_partly_dense():
         names.all_quantized(layers("q", "k", "v"), "model.layers.0.self_attn.qkv_proj")
     experts = StoredNames({"mlp.experts.0.up_proj"})
     with pytest.raises(ValueError, match=r"of which mlp.experts.1.up_proj is dense"):
-        experts.experts_quantized("mlp.experts", 2, ["up_proj"])
+        experts.all_quantized(names_of_experts("mlp.experts", 2, ["up_proj"]), "mlp.experts")
+
+
+def test_settings_of_some_layers(checkpoint):
+    config = CRVQConfig(
+        nbits_per_codebook=4, overrides={"layers.0": {"critical_ratio": 1.0}, "v_proj": {"nbits_per_codebook": 8}}
+    )
+    names = StoredNames.of_checkpoint(read_headers(checkpoint), config)
+    found = names.renamed(Prefix("model.", "vllm.")).config(
+        ["vllm.layers.0.self_attn.q_proj", "vllm.layers.0.self_attn.k_proj"], config
+    )
+    assert (found.critical_ratio, found.nbits_per_codebook) == (1.0, 4)
+    assert names.config(layers("o"), config) is names.config(["model.layers.0.mlp.up_proj"], config)
+    assert names.config(["model.layers.1.mlp.up_proj"], config).critical_ratio == config.critical_ratio
+    with pytest.raises(
+        ValueError, match="vLLM makes one layer of .*q_proj and .*v_proj, for which the overrides .* set different"
+    ):
+        names.config(["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"], config)
 
 
 def test_renamed():
