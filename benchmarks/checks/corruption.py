@@ -38,10 +38,15 @@ UNCLEAR = (json.JSONDecodeError, UnicodeError)  # ValueErrors, but they do not s
 
 
 def save_models(folder: Path) -> dict[str, Path]:
-    """Saves a checkpoint in one file, in shards one with 8-bit and one with 2.5-bit embeddings, and another of 8."""
+    """Saves a checkpoint in one file, in shards one with 8-bit and one with 2.5-bit embeddings, and another of 8.
+
+    That with 2.5 has settings of some layers too.
+    """
     folders, tiny_model = {}, from_tests("tiny").tiny_model
+    overrides = {"layers.0": {"in_group_size": 4, "critical_ratio": 1.0}}
     for name, seed, bits in (("whole", 0, 16), ("sharded", 0, 8), ("coded", 0, 2.5), ("other", 1, 8)):
         config = CRVQConfig(dataset=None, embedding_bits=bits, seed=seed, work_dir=folder / f"{name}.work")
+        config.overrides = overrides if name == "coded" else None
         model = quantize_model(tiny_model(tie_word_embeddings=bits <= 8), config=config)
         folders[name] = folder / name
         model.save_pretrained(folders[name], max_shard_size="1GB" if name == "whole" else "16KB")
