@@ -32,7 +32,7 @@ def save_random(folder: Path, model, error=lambda block, index: 0.05) -> Path:
     config = CRVQConfig(dataset=None)
     linears, _ = quantizable_linears(model, config)
     for name, dense in linears.items():
-        set_quantized_(model, name, random_weight(config.layer_shape(*linear_size(dense))))
+        set_quantized_(model, name, random_weight(config.of_layer(name).layer_shape(*linear_size(dense))))
     CRVQQuantizer(config, pre_quantized=True).attach(model)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -43,7 +43,7 @@ def quantize_randomly(model, tokenizer, config) -> None:
     """Does what `crvq_hf.pipeline.block_loop.quantize_blocks_` does, without looking at the weights."""
     linears, _ = quantizable_linears(model, config)
     for name, dense in linears.items():
-        set_quantized_(model, name, random_weight(config.layer_shape(*linear_size(dense))))
+        set_quantized_(model, name, random_weight(config.of_layer(name).layer_shape(*linear_size(dense))))
 
 
 def code_embeddings(model, bits, leave=()):

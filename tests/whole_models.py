@@ -116,7 +116,7 @@ def random_model(seed: int = 0, embedding_bits: int = 16):
     torch.manual_seed(seed)
     config = CRVQConfig(dataset=None, nbits_per_codebook=6, embedding_bits=embedding_bits)
     for name, dense in quantizable_linears(model, config)[0].items():
-        set_quantized_(model, name, random_weight(config.layer_shape(*linear_size(dense))))
+        set_quantized_(model, name, random_weight(config.of_layer(name).layer_shape(*linear_size(dense))))
     if embedding_bits == 8:
         quantize_embeddings_(model)
     code_embeddings(model, embedding_bits)

@@ -50,6 +50,7 @@ VISION = {
     "projection_dim": 64,
 }
 # Architecture, what is special about its config, and about that of CRVQ.
+FINER = {"overrides": {"layers.0": {"in_group_size": 4, "critical_ratio": 1.0}}}
 MODELS = {
     "biases": ("llama", SIZES | {"attention_bias": True, "mlp_bias": True}, {}),
     "rows": ("llama", SIZES, {"embedding_bits": 8}),
@@ -57,6 +58,7 @@ MODELS = {
     "format-1": ("llama", SIZES, {"codebook_bits": 16}),
     "format-2": ("llama", SIZES, {"codebook_bits": 16, "embedding_bits": 8}),
     "10-bits": ("llama", SIZES, {"nbits_per_codebook": 10, "num_extended_codebooks": 3, "in_group_size": 16}),
+    "finer-block": ("llama", SIZES, FINER),
     "some-dense": ("llama", SIZES, {"modules_to_not_convert": ["layers.0.self_attn", "layers.1.mlp"]}),
     "partly-dense": ("llama", SIZES, {"modules_to_not_convert": ["layers.0.self_attn.q_proj"]}),
     "qwen2": ("qwen2", SIZES, {}),
@@ -68,9 +70,9 @@ MODELS = {
     ),
     "phi3": ("phi3", SIZES, {}),
     "gpt2": ("gpt2", GPT2 | {"bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2}, {}),
-    "mixtral": ("mixtral", MOE, {}),
+    "mixtral": ("mixtral", MOE, FINER),
     "qwen3_moe": ("qwen3_moe", MOE | {"norm_topk_prob": True}, {}),
-    "llava": ("llava", {}, {"embedding_bits": 8}),
+    "llava": ("llava", {}, FINER | {"embedding_bits": 8}),
 }
 PROMPTS = [[5 + (7 * i + 3 * j * j + i * j) % 290 for j in range(6 + i)] for i in range(16)]
 # What SmolLM2 is asked; of a kind that it was quantized on.
