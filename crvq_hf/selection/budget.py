@@ -18,7 +18,7 @@ _TOLERANCE = 0.01  # of the budget
 _BASE_CODES = ((4, 8), (4, 7), (4, 6), (8, 8), (8, 7), (8, 6), (8, 5), (8, 4))
 # Bits that the first block has beyond the budget, as many of these as can be had, and at most, where it has at most
 # such a share of all weights (benchmarks/LOG.md).
-_FIRST_BLOCK_MORE, _FIRST_BLOCK_MOST, _FIRST_BLOCK_SHARE = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25), 3.5, 0.08
+_FIRST_BLOCK_MORE, _FIRST_BLOCK_MOST, _FIRST_BLOCK_SHARE = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25), 3.5, 0.04
 
 Sizes = Mapping[str, tuple[int, int]]  # in_features and out_features of layers by name
 

@@ -55,8 +55,8 @@ def test_the_first_block_has_more(bits, of_first_block):
 
 
 def test_a_first_block_that_is_a_large_part_has_no_more():
-    assert within_budget(CRVQConfig(bits=1.5), blocks(12, LLAMA_7B.values())).overrides is None
-    assert within_budget(CRVQConfig(bits=1.5), blocks(13, LLAMA_7B.values())).overrides
+    assert within_budget(CRVQConfig(bits=1.5), blocks(24, LLAMA_7B.values())).overrides is None
+    assert within_budget(CRVQConfig(bits=1.5), blocks(25, LLAMA_7B.values())).overrides
 
 
 def test_other_fields_stay():
