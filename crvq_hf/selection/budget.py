@@ -16,9 +16,10 @@ _TOLERANCE = 0.01  # of the budget
 # Channels and bits of a base code, from many bits per weight to few. Groups of 4 are better where they can have 6 bits
 # (benchmarks/LOG.md); codes of more than 8 are slow to look up.
 _BASE_CODES = ((4, 8), (4, 7), (4, 6), (8, 8), (8, 7), (8, 6), (8, 5), (8, 4))
-# Bits that the first block has beyond the budget, as many of these as can be had, and at most, where it has at most
-# such a share of all weights (benchmarks/LOG.md).
-_FIRST_BLOCK_MORE, _FIRST_BLOCK_MOST, _FIRST_BLOCK_SHARE = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25), 3.5, 0.04
+# Bits that the first block has beyond the budget, as many of these as leave the others such a share of their critical
+# channels, and at most, where it has at most such a share of all weights (benchmarks/LOG.md).
+_FIRST_BLOCK_MORE, _KEPT = (1.0, 0.75, 0.5), 0.8
+_FIRST_BLOCK_MOST, _FIRST_BLOCK_SHARE = 3.5, 0.04
 
 Sizes = Mapping[str, tuple[int, int]]  # in_features and out_features of layers by name
 
@@ -67,7 +68,7 @@ def most_within_budget(config: CRVQConfig, sizes: Sizes) -> CRVQConfig | None:
 def _with_finer_first_block(config: CRVQConfig, found: CRVQConfig, sizes: Sizes) -> CRVQConfig | None:
     """Returns `found` with more critical channels in the first block and fewer in all others, within the budget.
 
-    Base codes stay. None if the first block is too much of the model, or there are no critical channels to be had.
+    Base codes stay. None if the first block is too much of the model, or the others would lose too many.
     """
     name, first, rest = first_block(sizes), Counter(), Counter()
     for layer, size in sizes.items():
@@ -86,7 +87,7 @@ def _with_finer_first_block(config: CRVQConfig, found: CRVQConfig, sizes: Sizes)
         spent = of_first * _stored_bits(most, first)
         wanted.bits = (config.bits * (of_first + of_rest) - spent) / of_rest
         others = _largest(wanted, *code, rest)
-        if others is not None:
+        if others is not None and others.critical_ratio >= _KEPT * found.critical_ratio:
             spent += of_rest * _stored_bits(others, rest)
             others.overrides = {name: {"critical_ratio": most.critical_ratio}}
             if spent >= (1 - _TOLERANCE) * config.bits * (of_first + of_rest):

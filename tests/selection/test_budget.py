@@ -42,11 +42,11 @@ def test_what_is_chosen():
     fields = [(c.in_group_size, c.nbits_per_codebook, c.num_extended_codebooks) for c in chosen.values()]
     # Scales and orders need some bits, too: not the whole of 1.0, 2.0 and 4.0 is for codes.
     assert fields == [(8, 7, 1), (8, 8, 1), (8, 8, 1), (4, 6, 1), (4, 7, 1), (4, 8, 1), (4, 8, 1)]
-    assert chosen[1.1].critical_ratio == pytest.approx(0.064, abs=0.01)
+    assert chosen[1.1].critical_ratio == pytest.approx(0.078, abs=0.01)
     assert chosen[2.5].critical_ratio == pytest.approx(0.23, abs=0.01)
 
 
-@pytest.mark.parametrize(("bits", "of_first_block"), [(1.15, 1.89), (2.0, 3.0), (3.0, 3.5)])
+@pytest.mark.parametrize(("bits", "of_first_block"), [(1.35, 2.11), (2.0, 3.0), (3.0, 3.5)])
 def test_the_first_block_has_more(bits, of_first_block):
     found = within_budget(CRVQConfig(bits=bits), SMOLLM2)
     assert list(found.overrides) == ["layers.0"] and list(found.overrides["layers.0"]) == ["critical_ratio"]
@@ -54,7 +54,8 @@ def test_the_first_block_has_more(bits, of_first_block):
     assert bits_of(found, first) == pytest.approx(of_first_block, abs=0.01)
 
 
-def test_a_first_block_that_is_a_large_part_has_no_more():
+def test_a_first_block_that_costs_the_others_too_much_has_no_more():
+    assert within_budget(CRVQConfig(bits=1.15), SMOLLM2).overrides is None
     assert within_budget(CRVQConfig(bits=1.5), blocks(24, LLAMA_7B.values())).overrides is None
     assert within_budget(CRVQConfig(bits=1.5), blocks(25, LLAMA_7B.values())).overrides
 
