@@ -335,6 +335,14 @@ class CRVQConfig(QuantizationConfigMixin):
         config.__dict__.update(found, overrides=None)
         return config
 
+    def group_size(self, name: str) -> int:
+        """Returns d of the layer `name`, the least that can be chosen while a budget is yet to be spent."""
+        return FINEST_GROUP if self.has_budget else self.of_layer(name).in_group_size
+
+    def fits(self, name: str, in_features: int) -> bool:
+        """Returns whether the input channels of the layer `name` can be cut into its groups."""
+        return in_features % self.group_size(name) == 0
+
     def layer_shape(self, in_features: int, out_features: int) -> LayerShape:
         """Returns the shape that this config, one `of_layer`, gives to a layer; the one place where it is derived.
 

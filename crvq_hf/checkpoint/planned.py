@@ -74,9 +74,7 @@ class PlannedCheckpoint:
             config: how it is quantized, without a budget.
             linears: the layers that are quantized, by name; those that its groups do not fit stay dense.
         """
-        linears = {
-            name: m for name, m in linears.items() if linear_size(m)[0] % config.of_layer(name).in_group_size == 0
-        }
+        linears = {name: module for name, module in linears.items() if config.fits(name, linear_size(module)[0])}
         sizes, stored = dict.fromkeys((LINEARS, *self._parts.values(), REST), 0), {}
         for name, tensor in self._tensors.items():
             module, _, key = name.rpartition(".")

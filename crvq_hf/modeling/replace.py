@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..blocks.absent import present
 from ..blocks.finding import named_blocks
-from ..config import FINEST_GROUP, CRVQConfig
+from ..config import CRVQConfig
 from ..naming import is_named_by
 from ..quantized_weight import QuantizedWeight
 from .experts import find_fused_experts, shared_parameters, unfuse_experts_
@@ -50,7 +50,6 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
         if not is_dense_linear(module):
             continue
         in_features, _ = linear_size(module)
-        multiple = FINEST_GROUP if config.has_budget else config.of_layer(name).in_group_size
         if is_named_by(name, patterns):
             skipped[name] = "named in modules_to_not_convert"
         elif type(module) not in (nn.Linear, Conv1D) and not _computes_like_linear(module, block):
@@ -59,8 +58,8 @@ def quantizable_linears(model: nn.Module, config: CRVQConfig) -> tuple[dict[str,
             skipped[name] = "its weight is shared with another module"
         elif is_named_by(name, in_float32):
             skipped[name] = "the model keeps it in float32"
-        elif in_features % multiple != 0:
-            skipped[name] = f"its {in_features} input channels are no multiple of {multiple}"
+        elif not config.fits(name, in_features):
+            skipped[name] = f"its {in_features} input channels are no multiple of {config.group_size(name)}"
         else:
             linears[name] = module
     return linears, skipped

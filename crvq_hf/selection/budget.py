@@ -72,7 +72,7 @@ def _with_finer_first_block(config: CRVQConfig, found: CRVQConfig, sizes: Sizes)
     """
     name, first, rest = first_block(sizes), Counter(), Counter()
     for layer, size in sizes.items():
-        if _fits(found, layer, size):
+        if found.fits(layer, size[0]):
             (first if name is not None and is_named_by(layer, [name]) else rest)[size] += 1
     of_first, of_rest = _weights(first.elements()), _weights(rest.elements())
     if not first or of_first > _FIRST_BLOCK_SHARE * (of_first + of_rest):
@@ -127,7 +127,7 @@ def fewest_bits(config: CRVQConfig, sizes: Sizes) -> float:
 
 def stored_bits(config: CRVQConfig, sizes: Sizes) -> float:
     """Returns stored bits per weight of the layers that the codes of `config` fit, channel orders counted."""
-    fitting = {name: size for name, size in sizes.items() if _fits(config, name, size)}
+    fitting = {name: size for name, size in sizes.items() if config.fits(name, size[0])}
     nbytes = sum(config.of_layer(name).layer_shape(*size).nbytes for name, size in fitting.items())
     return 8 * nbytes / max(1, _weights(fitting.values()))
 
@@ -158,7 +158,7 @@ def _costly(sizes: Sizes, config: CRVQConfig, most_bits: float) -> set[str]:
 
     In a toy all layers do, because of their codebooks. Where more than a few do, codebooks are not counted.
     """
-    sizes = {name: size for name, size in sizes.items() if _fits(config, name, size)}
+    sizes = {name: size for name, size in sizes.items() if config.fits(name, size[0])}
     shapes = {name: config.of_layer(name).layer_shape(*size) for name, size in sizes.items()}
     weights = {name: math.prod(size) for name, size in sizes.items()}
     costly = {name for name, shape in shapes.items() if 8 * shape.nbytes > most_bits * weights[name]}
@@ -167,11 +167,6 @@ def _costly(sizes: Sizes, config: CRVQConfig, most_bits: float) -> set[str]:
     codebooks = {name: shape.num_codebooks * shape.codebook_size for name, shape in shapes.items()}
     bits = {name: codebooks[name] * shape.in_group_size * shape.codebook_bits for name, shape in shapes.items()}
     return {name for name in costly if 8 * shapes[name].nbytes - bits[name] > most_bits * weights[name]}
-
-
-def _fits(config: CRVQConfig, name: str, size: tuple[int, int]) -> bool:
-    """Returns whether the input channels of a layer can be cut into groups as `config` says."""
-    return size[0] % config.of_layer(name).in_group_size == 0
 
 
 def _weights(sizes: Iterable[tuple[int, int]]) -> int:

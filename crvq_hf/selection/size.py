@@ -132,9 +132,7 @@ class _Search:
         config = copy.copy(spent)
         config.embedding_bits = embedding_bits
         linears = {name: module for name, module in self.linears.items() if name not in dense}
-        fitting = [
-            size for name in linears if (size := self.sizes[name])[0] % config.of_layer(name).in_group_size == 0
-        ]
+        fitting = [size for name in linears if config.fits(name, (size := self.sizes[name])[0])]
         return Plan(config, dense, self.planned.parts(config, linears), sum(map(math.prod, fitting)))
 
     def most(self, embedding_bits: float, nbytes: float) -> Plan | None:

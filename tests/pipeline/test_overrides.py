@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
-from whole_models import equal_state, make
+from whole_models import come_back_dense, equal_state, make, quantized_layers
 
 from crvq_hf import CRVQConfig, quantize_model
 from crvq_hf.checkpoint.verify import verify
@@ -46,6 +46,17 @@ def test_saved_and_loaded(folder, tokens, capsys):
     assert not verify(saved).problems
     assert main(["info", str(saved)]) == 0
     assert "; layers.0: critical_ratio 1, in_group_size 4; v_proj: nbits_per_codebook 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("architecture", "first"), [("gpt2", "h.0"), ("qwen3_moe", "layers.0")])
+def test_other_architectures(architecture, first, tokens, tmp_path):
+    model = make(architecture)
+    names = model.state_dict().keys()
+    overrides = {first: {"nbits_per_codebook": 6, "critical_ratio": 1.0}}
+    quantize_model(model, config=CRVQConfig(dataset=None, nbits_per_codebook=4, overrides=overrides))
+    sizes = {name: layer.nbits for name, layer in quantized_layers(model).items()}
+    assert {6, 4} == {*sizes.values()} and all((f".{first}." in name) == (size == 6) for name, size in sizes.items())
+    come_back_dense(model, names, tokens, tmp_path)
 
 
 def test_resumed(quantize, small_steps):
